@@ -1,0 +1,133 @@
+"""From new values to assignments: how a functional graph updates its variables in place.
+
+`assigned` is for a compiler that plans memory itself: the graph ends in `copy_` nodes. `in_place` is for the eager tier:
+where nothing reads a variable after its update begins, the chain of operators that makes the new value runs in the
+variable's own memory (`p - lr * g` becomes `p.sub_(lr * g)`), so that no copy of the parameters is ever made.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
+
+from millrace.graph.graph import Graph, copy_module, set_output
+
+aten = torch.ops.aten
+
+# Operators that may write their result over their first argument, and how.
+_IN_PLACE: dict[OpOverload, OpOverload] = {
+    aten.add.Tensor: aten.add_.Tensor,
+    aten.sub.Tensor: aten.sub_.Tensor,
+    aten.mul.Tensor: aten.mul_.Tensor,
+    aten.div.Tensor: aten.div_.Tensor,
+    aten.addcmul.default: aten.addcmul_.default,
+    aten.addcdiv.default: aten.addcdiv_.default,
+    aten.lerp.Scalar: aten.lerp_.Scalar,
+    aten.lerp.Tensor: aten.lerp_.Tensor,
+    aten.index_put.default: aten.index_put_.default,
+    aten.clamp.default: aten.clamp_.default,
+}
+
+
+def assigned(graph: Graph) -> GraphModule:
+    """A module that takes the graph's inputs, returns its fetches and assigns every update with `copy_` at the end."""
+    return _with_assignments(graph, reuse_memory=False)
+
+
+def in_place(graph: Graph) -> GraphModule:
+    """The same, with updates computed in the variables' own memory where that is safe."""
+    return _with_assignments(graph, reuse_memory=True)
+
+
+def _with_assignments(graph: Graph, *, reuse_memory: bool) -> GraphModule:
+    module, mapping = copy_module(graph.module)
+    by_name = {old.name: new for old, new in mapping.items()}
+    inputs = {name: mapping[node] for name, node in graph.placeholders().items()}
+    fetched = [by_name[name] for name in graph.fetches.values()]
+    updates = {inputs[variable]: by_name[name] for variable, name in graph.updates.items()}
+    output = next(iter(module.graph.find_nodes(op="output")))
+    order = {node: position for position, node in enumerate(module.graph.nodes)}
+    copies: list[tuple[Node, Node]] = []
+    with module.graph.inserting_before(output):
+        done: set[Node] = set()
+        for variable, value in updates.items():
+            chain = _chain(variable, value, order) if reuse_memory and value not in done else []
+            if chain and value not in fetched and _alone(variable, chain, order, updates):
+                for link in chain:
+                    link.target = _IN_PLACE[link.target]  # type: ignore[index]
+                done.add(value)
+            else:
+                copies.append((variable, value))
+        results = [_own_memory(module.graph, node, updates) for node in fetched]
+        # A value that is itself a variable's old value, or a view of one, must be saved from the assignments.
+        saved = {value: _own_memory(module.graph, value, updates) for _, value in copies}
+        for variable, value in copies:
+            node = module.graph.call_function(aten.copy_.default, (variable, saved[value]))
+            node.meta["val"] = variable.meta["val"]
+    set_output(module.graph, results)
+    module.recompile()
+    return module
+
+
+def _chain(variable: Node, value: Node, order: dict[Node, int]) -> list[Node]:
+    """The operators from `variable` to `value`, each on the first argument of the next; [] if there is no such chain."""
+    chain: list[Node] = []
+    node = value
+    while node is not variable:
+        if node.target not in _IN_PLACE or not isinstance(node.args[0], Node):
+            return []
+        if not _same(node, variable) or (chain and len(node.users) != 1):
+            return []
+        if any(argument is node.args[0] for argument in node.args[1:]):
+            return []  # p * p reads what it writes twice; leave such things to the copy
+        chain.insert(0, node)
+        node = node.args[0]
+    return chain
+
+
+def _same(node: Node, variable: Node) -> bool:
+    a, b = node.meta.get("val"), variable.meta.get("val")
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+def _alone(variable: Node, chain: list[Node], order: dict[Node, int], updates: dict[Node, Node]) -> bool:
+    """Whether nothing reads the variable's old value, or a view of it, once the chain has begun to overwrite it."""
+    start = order[chain[0]]
+    waiting, seen = [variable], {variable}
+    while waiting:
+        node = waiting.pop()
+        for user in node.users:
+            if user is chain[0] and node is variable:
+                continue
+            if user.op == "output" or order.get(user, start) >= start:
+                return False
+            if user not in seen and _may_alias(user):
+                seen.add(user)
+                waiting.append(user)
+    # Another variable's update may be this one's old value; the output node above has caught that.
+    return chain[-1] not in [value for other, value in updates.items() if other is not variable]
+
+
+def _may_alias(node: Node) -> bool:
+    """Whether the node's result may share memory with an argument."""
+    target = node.target
+    if not isinstance(target, OpOverload):
+        return True  # getitem of a view, control flow: assume so
+    return target.is_view or any(r.alias_info is not None for r in target._schema.returns) or target in _MAYBE_VIEWS
+
+
+_MAYBE_VIEWS = {aten.reshape.default, aten.contiguous.default, aten._reshape_alias.default, aten.to.dtype}
+
+
+def _own_memory(graph: torch.fx.Graph, node: Node, updates: dict[Node, Node]) -> Node:
+    """`node`, or a clone of it when it shares memory with a variable that the step updates."""
+    root = node
+    while root.op == "call_function" and _may_alias(root) and root.args and isinstance(root.args[0], Node):
+        root = root.args[0]
+    if root not in updates:
+        return node
+    clone = graph.call_function(aten.clone.default, (node,))
+    clone.meta["val"] = node.meta.get("val")
+    return clone

@@ -1,0 +1,168 @@
+"""From what the tracer recorded to a `Graph`: outputs in place of copies, noise removed, every node labelled."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from millrace.graph.check import check
+from millrace.graph.graph import INFO, Graph, NodeInfo, set_output
+from millrace.graph.passes.merge_counters import merge_counters
+from millrace.graph.passes.simplify import simplify
+from millrace.graph.recorder import ORIGIN, Origin
+from millrace.graph.signature import Feed, Phase, Variable
+
+aten = torch.ops.aten
+_IDENTITIES = {aten.detach.default, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.alias.default}
+_PROFILER = ("profiler.", "_record_function")
+
+
+def finish(
+    functional: GraphModule,
+    *,
+    variables: Sequence[Variable],
+    feeds: Sequence[Feed],
+    fetches: Sequence[str],
+    feed_tree: str,
+    initial: Mapping[str, Tensor],
+    retrace: Callable[[Any], Graph],
+) -> Graph:
+    """Make the graph of a functionalized recording.
+
+    `functional` ends in `aten.copy_(placeholder, value)` for every variable that the step changed and returns the
+    fetches, in order.
+    """
+    fx_graph = functional.graph
+    placeholders = [n for n in fx_graph.nodes if n.op == "placeholder"]
+    by_node = dict(zip(placeholders, [v.name for v in variables], strict=False))
+    updates = _take_updates(fx_graph, by_node)
+    _strip(fx_graph)
+    updates = {name: _skip_identities(node) for name, node in updates.items()}
+    output = next(iter(fx_graph.find_nodes(op="output")))
+    fetched = [_skip_identities(n) for n in output.args[0]] if fetches else []
+    # A step may hand a variable back unchanged (frozen BatchNorm does).
+    updates = {name: node for name, node in updates.items() if by_node.get(node) != name}
+    kept = {v.name for v in variables}
+    if "random" in kept and "random" not in updates:
+        kept.discard("random")
+    inputs = dict(zip([v.name for v in variables], placeholders, strict=False))
+    kept -= merge_counters(variables, inputs, updates, initial)
+    set_output(fx_graph, [*fetched, *updates.values()])
+    _drop_identities(fx_graph)
+    simplify(fx_graph)
+    _name_inputs(fx_graph, placeholders, variables, feeds, kept)
+    results = list(next(iter(fx_graph.find_nodes(op="output"))).args[0])
+    label(fx_graph, dict(zip(updates, results[len(fetches) :], strict=True)), {v.name: v.owner for v in variables})
+    module = GraphModule(functional, fx_graph, class_name="Step")
+    graph = Graph(
+        module=module,
+        variables=tuple(v for v in variables if v.name in kept),
+        feeds=tuple(feeds),
+        fetches={name: node.name for name, node in zip(fetches, results, strict=False)},
+        updates={name: node.name for name, node in zip(updates, results[len(fetches) :], strict=True)},
+        feed_tree=feed_tree,
+        initial={name: tensor for name, tensor in initial.items() if name in kept},
+        retrace=retrace,
+    )
+    check(graph)
+    return graph
+
+
+def _take_updates(graph: torch.fx.Graph, by_node: Mapping[Node, str]) -> dict[str, Node]:
+    """Remove the final copies into placeholders and say what they copied."""
+    updates: dict[str, Node] = {}
+    for node in list(graph.nodes):
+        if node.target is aten.copy_.default and node.args[0] in by_node:
+            updates[by_node[node.args[0]]] = node.args[1]
+            node.replace_all_uses_with(node.args[1])
+            graph.erase_node(node)
+    return updates
+
+
+def _strip(graph: torch.fx.Graph) -> None:
+    """Erase the profiler's marks, which optimizers leave."""
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and any(mark in str(node.target) for mark in _PROFILER):
+            graph.erase_node(node)
+
+
+def _skip_identities(node: Node) -> Node:
+    while node.op == "call_function" and node.target in _IDENTITIES:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _drop_identities(graph: torch.fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in _IDENTITIES:
+            node.replace_all_uses_with(_skip_identities(node))
+            graph.erase_node(node)
+
+
+def _name_inputs(
+    graph: torch.fx.Graph,
+    placeholders: Sequence[Node],
+    variables: Sequence[Variable],
+    feeds: Sequence[Feed],
+    kept: set[str],
+) -> None:
+    names = [v.name for v in variables] + [f.name for f in feeds]
+    for placeholder, name in zip(placeholders, names, strict=True):
+        placeholder._rename(_identifier(name))
+        # The tracer keeps the values of inputs it wrapped as tensors that require gradients; a graph has none.
+        placeholder.meta["val"] = placeholder.meta["val"].detach()
+    for placeholder, variable in zip(placeholders, variables, strict=False):
+        if variable.name not in kept:
+            graph.erase_node(placeholder)
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            node.target = node.name
+
+
+def _identifier(name: str) -> str:
+    word = "".join(c if c.isalnum() else "_" for c in name)
+    return word if word[:1].isalpha() or word[:1] == "_" else f"feed_{word}"
+
+
+def label(graph: torch.fx.Graph, updates: Mapping[str, Node], owners: Mapping[str, str]) -> None:
+    """Give every node its NodeInfo: scope, phase, variable and line.
+
+    Optimizer hooks and autograd have said most phases. The others are decided by dataflow: a node outside every module
+    that leads to updates, and neither to a backward node nor to a fetch alone, is part of the update.
+    """
+    origins: dict[Node, Origin] = {n: n.meta.get("custom", {}).get(ORIGIN, Origin()) for n in graph.nodes}
+    leads_to: dict[Node, set[str]] = {n: set() for n in graph.nodes}
+    for name, node in updates.items():
+        leads_to[node].add(owners[name])
+    to_backward: set[Node] = set()
+    for node in reversed(list(graph.nodes)):
+        for user in node.users:
+            if user.op == "output":
+                continue
+            leads_to[node] |= leads_to[user]
+            if user in to_backward or origins[user].phase is Phase.BACKWARD:
+                to_backward.add(node)
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        origin = origins[node]
+        phase = origin.phase
+        if phase is None or (phase is Phase.UPDATE and node in to_backward and not leads_to[node]):
+            updating = leads_to[node] and node not in to_backward and not origin.inside
+            phase = Phase.UPDATE if updating else Phase.FORWARD
+        if node.target is operator.getitem and isinstance(node.args[0], Node):
+            parent: NodeInfo = node.args[0].meta.get(INFO, NodeInfo())
+            node.meta[INFO] = parent
+            continue
+        owner = ""
+        if phase is Phase.UPDATE:
+            reached = leads_to[node]
+            owner = next(iter(reached)) if len(reached) == 1 else "*"
+        node.meta[INFO] = NodeInfo(origin.scope, phase, owner, origin.line)
+
+

@@ -1,0 +1,1 @@
+"""Named rewrites, `Graph -> Graph`. Each keeps what the graph computes, or says in its name what it changes."""
