@@ -20,6 +20,15 @@ from millrace.graph.signature import Role, TensorSpec, Variable
 
 
 @dataclass(frozen=True)
+class Value:
+    """A plain tensor given as a variable, with more said about it than its name: its role, and whose slot it is."""
+
+    tensor: Tensor
+    role: Role = Role.TENSOR
+    owner: str | None = None
+
+
+@dataclass(frozen=True)
 class Slot:
     """A variable and the caller's own tensor that holds its value."""
 
@@ -37,10 +46,12 @@ class Holders:
 
     def __init__(self, given: Mapping[str, Any]) -> None:
         self.modules = {name: value for name, value in given.items() if isinstance(value, nn.Module)}
-        self.tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        values = {name: Value(value) for name, value in given.items() if isinstance(value, Tensor)}
+        values |= {name: value for name, value in given.items() if isinstance(value, Value)}
+        self.tensors = {name: value.tensor for name, value in values.items()}
         optimizers = {name: value for name, value in given.items() if isinstance(value, Optimizer)}
         for name, value in given.items():
-            if not isinstance(value, nn.Module | Tensor | Optimizer):
+            if not isinstance(value, nn.Module | Tensor | Value | Optimizer):
                 raise TraceError(
                     f"variable {name!r}: expected a tensor, an nn.Module or a torch.optim.Optimizer, "
                     f"got {type(value).__name__}. Wrap numbers as torch.tensor(...)."
@@ -52,8 +63,8 @@ class Holders:
                 self._add(name, parameter, Role.PARAMETER)
             for name, buffer in module.named_buffers(prefix):
                 self._add(name, buffer, Role.BUFFER)
-        for name, tensor in self.tensors.items():
-            self._add(name, tensor, Role(getattr(tensor, "millrace_role", Role.TENSOR)))
+        for name, value in values.items():
+            self._add(name, value.tensor, value.role, value.owner)
         self.optimizers = {
             name: OptimizerState(value, {id(s.tensor): n for n, s in self.slots.items()}, name)
             for name, value in optimizers.items()

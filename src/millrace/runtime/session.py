@@ -1,0 +1,282 @@
+"""A session holds the variables of a graph and runs the parts of it that are asked for."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from millrace.compile.tiered import Runner, Say
+from millrace.errors import FeedError, FetchError, did_you_mean
+from millrace.graph.graph import TRAIN, Graph
+from millrace.graph.passes.prune import prune
+from millrace.graph.passes.unroll import unroll
+from millrace.graph.signature import Feed
+from millrace.graph.trace import flatten_feed
+from millrace.runtime.save_nodes import RESTORE, SAVE, restore_graph, save_graph_of
+from millrace.runtime.watch import Watch, run_watched
+
+log = logging.getLogger(__name__)
+
+MAX_SHAPES = 8  # graphs kept for different batch shapes
+_Key = tuple[tuple[tuple[int, ...], torch.dtype], ...]
+
+
+@dataclass
+class _Program:
+    """A part of the graph, for one batch shape, ready to run."""
+
+    graph: Graph
+    fetches: tuple[str, ...]
+    runner: Runner
+
+
+class Session:
+    """Holds the variables; runs fetches.
+
+    The variables start as `graph.initial`, which are the traced module's own tensors: the session trains that very
+    module, without a copy. `copy=True` gives the session tensors of its own.
+
+    compile: "eager", "inductor" (compile before the first run) or "tiered" (start eager, swap when compiled).
+    say: called with one line about compilation; logs it by default.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        variables: Mapping[str, Tensor] | None = None,
+        *,
+        compile: str = "tiered",
+        copy: bool = False,
+        say: Say = log.info,
+        max_shapes: int = MAX_SHAPES,
+    ) -> None:
+        self.graph = graph
+        self.say = say
+        self.max_shapes = max_shapes
+        self._compile = compile
+        given = dict(graph.initial) | dict(variables or {})
+        missing = [v.name for v in graph.variables if v.name not in given]
+        if missing:
+            raise FetchError(
+                f"no value for {len(missing)} of {len(graph.variables)} variables ({', '.join(missing[:5])}…). "
+                "A graph loaded from a file has none: pass `variables`, or restore a checkpoint into the session."
+            )
+        self._variables = {v.name: given[v.name].detach() for v in graph.variables}
+        if copy:
+            self._variables = {name: tensor.clone() for name, tensor in self._variables.items()}
+        self._graphs: OrderedDict[_Key, Graph] = OrderedDict({_key(f.spec for f in graph.feeds): graph})
+        self._programs: dict[tuple[Any, ...], _Program] = {}
+        self._watches: list[Watch] = []
+        self._side = {SAVE: save_graph_of(graph), RESTORE: restore_graph(graph)}
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    def run(self, fetches: str | Sequence[str], feed: Any = None) -> Any:
+        """Run what `fetches` need, and nothing else.
+
+        Args:
+            fetches: names of the step's results ("loss"), of nodes, of variables, or "train", which applies every
+                update. One name gives one value, a sequence a list in its order (None for "train").
+            feed: a batch that nests like the traced one; None for fetches that need none.
+
+        Returns: tensors that later steps do not change.
+
+        Raises: FetchError for an unknown name; FeedError for a batch that does not fit.
+        """
+        names = (fetches,) if isinstance(fetches, str) else tuple(fetches)
+        program, feeds = self._program(names, feed, steps=1)
+        values = self._call(program, feeds)
+        results = dict(zip(program.fetches, values, strict=True))
+        found = [results.get(name) for name in names]
+        return found[0] if isinstance(fetches, str) else found
+
+    def run_steps(self, fetches: Sequence[str], feeds: Sequence[Any]) -> list[Any]:
+        """Run one step per batch in a single compiled call. Fetches come back stacked along a new first axis.
+
+        For small models, whose steps cost less than calling them. Raises: FeedError when the batches' shapes differ.
+        """
+        stacked = _stack_feeds(feeds)
+        program, flat = self._program(tuple(fetches), stacked, steps=len(feeds))
+        values = dict(zip(program.fetches, self._call(program, flat), strict=True))
+        return [values.get(name) for name in fetches]
+
+    def nodes_for(self, fetches: str | Sequence[str], feed: Any = None) -> list[str]:
+        """Names of the nodes that `run(fetches, feed)` executes."""
+        names = (fetches,) if isinstance(fetches, str) else tuple(fetches)
+        return [node.name for node in self._program(names, feed, steps=1)[0].graph.nodes]
+
+    def tier(self, fetches: str | Sequence[str], feed: Any = None, *, wait: bool = False) -> str:
+        """Which tier runs these fetches now; `wait` blocks until a background compilation is over."""
+        names = (fetches,) if isinstance(fetches, str) else tuple(fetches)
+        runner = self._program(names, feed, steps=1)[0].runner
+        if wait:
+            runner.wait()
+        return runner.tier
+
+    # -- variables -----------------------------------------------------------------------------------------------
+
+    @property
+    def variables(self) -> Mapping[str, Tensor]:
+        """The live tensors, by name: training changes them in place. Copy what is to last."""
+        return self._variables
+
+    def read(self, name: str) -> Tensor:
+        """A copy of a variable's value. Raises FetchError with the nearest names."""
+        return self._variable(name).clone()
+
+    def assign(self, name: str, value: Any) -> None:
+        """Give a variable a new value of its shape (converted to its dtype and device).
+
+        Raises: FetchError for an unknown name, FeedError for another shape.
+        """
+        variable = self._variable(name)
+        new = torch.as_tensor(value)
+        if new.shape != variable.shape:
+            raise FeedError(f"variable {name!r} has shape {list(variable.shape)}, got {list(new.shape)}")
+        variable.copy_(new)
+
+    def _variable(self, name: str) -> Tensor:
+        if name not in self._variables:
+            raise FetchError(f"no variable is called {name!r}. {did_you_mean(name, list(self._variables))}")
+        return self._variables[name]
+
+    def save(self, path: Path) -> None:
+        """Write every variable to one safetensors file, by running the graph's save node."""
+        self._side[SAVE].run(self._variables, path)
+
+    def restore(self, path: Path) -> None:
+        """Read every variable from a file of `save`, by running the graph's restore node.
+
+        Raises: CheckpointError, with nothing changed, when the file is damaged or of another model.
+        """
+        self._side[RESTORE].run(self._variables, path)
+
+    # -- looking -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def watching(self, pattern: str, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Call `see(name, tensor)` for every node that runs and whose name, or scope, matches `pattern`.
+
+        Inside the context steps run one operator at a time, eagerly.
+        """
+        graph = self.graph
+        watch = Watch(pattern, see)
+        if not any(watch.matches(node) for node in graph.nodes):
+            names = [n.name for n in graph.nodes]
+            raise FetchError(f"no node or module matches {pattern!r}. {did_you_mean(pattern, names)}")
+        self._watches.append(watch)
+        try:
+            yield
+        finally:
+            self._watches.remove(watch)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _call(self, program: _Program, feeds: list[Tensor]) -> list[Tensor]:
+        variables = list(self._variables.values())
+        if self._watches:
+            return run_watched(program.graph, variables, feeds, self._watches)
+        return program.runner(variables, feeds)
+
+    def _program(self, names: tuple[str, ...], feed: Any, steps: int) -> tuple[_Program, list[Tensor]]:
+        flat, graph, key = self._flatten(names, feed, steps)
+        known = self._programs.get((key, names, steps))
+        if known is None:
+            train = TRAIN in names
+            wanted = tuple(name for name in names if name != TRAIN)
+            part = prune(graph, wanted, graph.updates if train else ())
+            if steps > 1:
+                part = unroll(part, steps)
+            known = _Program(part, wanted, Runner(part, self._compile, self.say))
+            self._programs[(key, names, steps)] = known
+        return known, flat
+
+    def _flatten(self, names: tuple[str, ...], feed: Any, steps: int) -> tuple[list[Tensor], Graph, _Key]:
+        if feed is None:
+            self._refuse_missing_feed(names)
+            # Inputs that nothing reads still have their places.
+            empty = [torch.empty(f.spec.shape, dtype=f.spec.dtype, device=f.spec.device) for f in self.graph.feeds]
+            return empty, self.graph, _key(f.spec for f in self.graph.feeds)
+        flat = self._named_feeds(feed)
+        key = tuple((tuple(t.shape[1:] if steps > 1 else t.shape), t.dtype) for t in flat)
+        if key not in self._graphs:
+            self._retrace(feed, flat, key, steps)
+        self._graphs.move_to_end(key)
+        return flat, self._graphs[key], key
+
+    def _refuse_missing_feed(self, names: tuple[str, ...]) -> None:
+        needed = prune(self.graph, [n for n in names if n != TRAIN], self.graph.updates if TRAIN in names else ())
+        inputs = needed.placeholders()
+        for feed in self.graph.feeds:
+            if inputs[f"feed:{feed.name}"].users:
+                raise FeedError(
+                    f"{', '.join(names)} needs the feed {feed.name!r} ({feed.spec}), but no batch was given"
+                )
+
+    def _named_feeds(self, feed: Any) -> list[Tensor]:
+        leaves, tree = flatten_feed(feed)
+        expected = pytree.treespec_loads(self.graph.feed_tree)
+        if tree != expected:
+            raise FeedError(
+                f"the batch nests as {_names(leaves)}, but the graph was traced with {_names(self.graph.feeds)}"
+            )
+        return [
+            leaf.to(feed.spec.device, non_blocking=True)
+            for leaf, feed in zip(leaves.values(), self.graph.feeds, strict=True)
+        ]
+
+    def _retrace(self, feed: Any, flat: list[Tensor], key: _Key, steps: int) -> None:
+        changed = _describe_change(self.graph.feeds, key)
+        if self.graph.retrace is None:
+            raise FeedError(f"{changed}. This graph was loaded from a file and cannot be traced for other shapes.")
+        if any(dtype != f.spec.dtype for (_, dtype), f in zip(key, self.graph.feeds, strict=True)):
+            raise FeedError(f"{changed}. Convert the batch to the dtype that the step was traced with.")
+        if len(self._graphs) >= self.max_shapes:
+            old, _ = next(iter(self._graphs.items()))
+            self._graphs.pop(old)
+            self._programs = {k: p for k, p in self._programs.items() if k[0] != old}
+            warnings.warn(
+                f"{changed}: the {len(self._graphs) + 2}th shape, more than the {self.max_shapes} that are kept; the "
+                "least recently used one is dropped. Pad the batches, or drop the last one, to trace less often.",
+                stacklevel=4,
+            )
+        else:
+            warnings.warn(f"{changed}: tracing the step again for the new shape.", stacklevel=4)
+        device_feed = pytree.tree_unflatten(
+            [t[0] if steps > 1 else t for t in flat], pytree.treespec_loads(self.graph.feed_tree)
+        )
+        self._graphs[key] = self.graph.retrace(device_feed)
+
+
+def _key(specs: Any) -> _Key:
+    return tuple((spec.shape, spec.dtype) for spec in specs)
+
+
+def _names(feeds: Any) -> str:
+    return "{" + ", ".join(f if isinstance(f, str) else f.name for f in feeds) + "}"
+
+
+def _describe_change(feeds: Sequence[Feed], key: _Key) -> str:
+    parts = [
+        f"feed {feed.name!r} is {dtype} {list(shape)} instead of {feed.spec.dtype} {list(feed.spec.shape)}"
+        for feed, (shape, dtype) in zip(feeds, key, strict=True)
+        if (feed.spec.shape, feed.spec.dtype) != (shape, dtype)
+    ]
+    return "; ".join(parts)
+
+
+def _stack_feeds(feeds: Sequence[Any]) -> Any:
+    try:
+        return pytree.tree_map(lambda *leaves: torch.stack(leaves), *feeds)
+    except (RuntimeError, ValueError) as error:
+        raise FeedError(f"the batches of one call must be alike: {error}") from error
