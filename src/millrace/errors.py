@@ -7,7 +7,9 @@
     ├── FeedError             a batch does not fit what the graph was traced for
     ├── CompileError          a piece could not be compiled (never fatal under "tiered": the piece stays eager)
     ├── CheckpointError       a checkpoint cannot be written, is damaged, or belongs to another model
+    │   └── DamagedCheckpointError  a file of it is missing, truncated or altered: an older one can still serve
     ├── DataError             a data set is empty, ends early, or holds something unreadable
+    ├── StepError             a step failed while it ran (a label out of range, …): names the node and the line
     ├── NonFiniteError        a value became NaN or infinite; names the first node that made it
     ├── RunDirectoryError     a run directory is in use, or holds something else
     └── SettingError          a setting has the wrong name or type
@@ -53,8 +55,16 @@ class CheckpointError(MillraceError):
     """A checkpoint cannot be written, is damaged, or belongs to another model."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A file of a checkpoint is missing, truncated or altered; an older checkpoint can still serve."""
+
+
 class DataError(MillraceError, ValueError):
     """A data set is empty, ends early, or holds something unreadable."""
+
+
+class StepError(MillraceError, RuntimeError):
+    """A step failed while it ran; the message names the node, the module and the user's line."""
 
 
 class NonFiniteError(MillraceError, ArithmeticError):
