@@ -16,14 +16,14 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from millrace.compile.tiered import Runner, Say
-from millrace.errors import FeedError, FetchError, did_you_mean
+from millrace.errors import FeedError, FetchError, StepError, did_you_mean
 from millrace.graph.graph import TRAIN, Graph
 from millrace.graph.passes.prune import prune
 from millrace.graph.passes.unroll import unroll
 from millrace.graph.signature import Feed
 from millrace.graph.trace import flatten_feed
-from millrace.runtime.save_nodes import RESTORE, SAVE, restore_graph, save_graph_of
-from millrace.runtime.watch import Watch, run_watched
+from millrace.runtime.save_nodes import RESTORE, SAVE, SideGraph, restore_graph, save_graph_of
+from millrace.runtime.watch import Watch, failing_node, first_nonfinite, run_watched
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ class Session:
 
     compile: "eager", "inductor" (compile before the first run) or "tiered" (start eager, swap when compiled).
     say: called with one line about compilation; logs it by default.
+    max_shapes: how many batch shapes keep their graphs; `warn_new_shape`: whether a new one is worth a warning.
     """
 
     def __init__(
@@ -59,10 +60,13 @@ class Session:
         copy: bool = False,
         say: Say = log.info,
         max_shapes: int = MAX_SHAPES,
+        warn_new_shape: bool = True,
     ) -> None:
         self.graph = graph
         self.say = say
         self.max_shapes = max_shapes
+        self.last_tier = "eager"
+        self._warn_new_shape = warn_new_shape
         self._compile = compile
         given = dict(graph.initial) | dict(variables or {})
         missing = [v.name for v in graph.variables if v.name not in given]
@@ -150,6 +154,10 @@ class Session:
             raise FetchError(f"no variable is called {name!r}. {did_you_mean(name, list(self._variables))}")
         return self._variables[name]
 
+    def side(self, name: str) -> SideGraph:
+        """The graph beside the step's: "save" or "restore"."""
+        return self._side[name]
+
     def save(self, path: Path) -> None:
         """Write every variable to one safetensors file, by running the graph's save node."""
         self._side[SAVE].run(self._variables, path)
@@ -180,13 +188,32 @@ class Session:
         finally:
             self._watches.remove(watch)
 
+    def first_nonfinite(self, feed: Any) -> str:
+        """Which node of the step first makes NaN or infinity from this batch, in words; "" when none does.
+
+        Changes no variable.
+        """
+        flat, graph, _ = self._flatten((TRAIN,), feed, steps=1)
+        return first_nonfinite(graph, list(self._variables.values()), flat)
+
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _call(self, program: _Program, feeds: list[Tensor]) -> list[Tensor]:
         variables = list(self._variables.values())
-        if self._watches:
-            return run_watched(program.graph, variables, feeds, self._watches)
-        return program.runner(variables, feeds)
+        try:
+            if self._watches:
+                return run_watched(program.graph, variables, feeds, self._watches)
+            return program.runner(variables, feeds)
+        except (RuntimeError, IndexError, ValueError) as error:
+            where = failing_node(program.graph, variables, feeds)
+            if where is None:
+                raise
+            raise StepError(
+                f"the step failed at {where}.\n  PyTorch said: {error}\n"
+                "  Usual causes: labels or indices out of range, or a batch unlike the first one."
+            ) from error
+        finally:
+            self.last_tier = program.runner.tier
 
     def _program(self, names: tuple[str, ...], feed: Any, steps: int) -> tuple[_Program, list[Tensor]]:
         flat, graph, key = self._flatten(names, feed, steps)
@@ -250,7 +277,7 @@ class Session:
                 "least recently used one is dropped. Pad the batches, or drop the last one, to trace less often.",
                 stacklevel=4,
             )
-        else:
+        elif self._warn_new_shape:
             warnings.warn(f"{changed}: tracing the step again for the new shape.", stacklevel=4)
         device_feed = pytree.tree_unflatten(
             [t[0] if steps > 1 else t for t in flat], pytree.treespec_loads(self.graph.feed_tree)

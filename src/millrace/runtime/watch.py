@@ -81,9 +81,9 @@ def first_nonfinite(graph: Graph, variables: Sequence[Tensor], feeds: Sequence[T
 
     def see(node: Node, value: Any) -> None:
         # -inf is how attention masks say "never"; a node that only fills is not at fault.
-        if isinstance(value, Tensor) and not _finite(value) and node.all_input_nodes:
-            if torch.isnan(value).any() or not _deliberate(node):
-                raise NonFiniteError(describe(node, value))
+        bad = isinstance(value, Tensor) and not _finite(value) and node.all_input_nodes
+        if bad and (torch.isnan(value).any() or not _deliberate(node)):
+            raise NonFiniteError(f"{describe(node)}: {_count(value)} of {value.numel()} values")
 
     try:
         _interpret(graph, variables, feeds, see)
@@ -92,11 +92,28 @@ def first_nonfinite(graph: Graph, variables: Sequence[Tensor], feeds: Sequence[T
     return ""
 
 
-def describe(node: Node, value: Tensor) -> str:
-    """Node, module, source line and how many values are not finite."""
+def failing_node(graph: Graph, variables: Sequence[Tensor], feeds: Sequence[Tensor]) -> str | None:
+    """Which node raises on these inputs, in words; None when none does. Assigns nothing."""
+    reached: list[Node] = []
+
+    class Noting(Interpreter):
+        def run_node(self, n: Node) -> Any:
+            reached.append(n)
+            return super().run_node(n)
+
+    try:
+        with torch.no_grad():
+            Noting(graph.module).run(*variables, *feeds)
+    except Exception:
+        return describe(reached[-1])
+    return None
+
+
+def describe(node: Node) -> str:
+    """A node, where in the model it is, and the user's line."""
     origin = info(node)
     place = "".join([f" in module {origin.scope!r}" if origin.scope else "", f", {origin.line}" if origin.line else ""])
-    return f"node {node.name!r} ({node.target}, {origin.phase}{place}): {_count(value)} of {value.numel()} values"
+    return f"node {node.name!r} ({node.target}, {origin.phase}{place})"
 
 
 def _finite(tensor: Tensor) -> bool:

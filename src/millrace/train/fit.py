@@ -1,0 +1,146 @@
+"""`fit`: train a module, on one machine, in one call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from millrace.data.sources import as_batches
+from millrace.errors import SettingError, did_you_mean
+from millrace.graph.training import Loss, UpdateRule, training_graph
+from millrace.optim.optimizer import Optimizer
+from millrace.train.callbacks import Callback, CallbackList
+from millrace.train.evaluation import Evaluator
+from millrace.train.plan import Plan
+from millrace.train.progress import Progress
+from millrace.train.result import Result
+from millrace.train.run_directory import RunDirectory
+from millrace.train.trainer import Trainer
+
+
+def fit(
+    model: nn.Module,
+    data: Any,
+    *,
+    loss: Loss,
+    optimizer: torch.optim.Optimizer | UpdateRule,
+    batch_size: int | None = None,
+    validation: Any = None,
+    callbacks: Iterable[Callback] = (),
+    device: str | torch.device | None = None,
+    config: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Result:
+    """Train `model` in place; when this returns, it holds the trained weights.
+
+    The step is traced once into a graph, runs eagerly at once and compiled as soon as Inductor is done. A run
+    directory keeps settings, metrics, events for TensorBoard and checkpoints. Ctrl-C ends the run after the present
+    step and saves; `resume=True` with the same `run_dir` goes on bit for bit.
+
+    Args:
+        model: any `nn.Module`.
+        data: a DataLoader, tensors or arrays (alone or in a tuple or dict), a Dataset, a Hugging Face dataset, or any
+            iterable of batches; see `millrace.data.as_batches`.
+        loss: `loss(model, batch) -> scalar`, or `-> (scalar, {name: tensor})` with metrics.
+        optimizer: any `torch.optim` optimizer over the model's parameters, or one of `millrace.optim`.
+        batch_size: examples per batch, where `data` comes as examples.
+        validation: data to evaluate on, in the forms of `data`.
+        callbacks: see `millrace.train.callbacks`.
+        device: where to train; the model is moved there. None: where it is.
+        config: anything else to keep in config.json.
+        steps, epochs: when to stop; at least one of them.
+        compile: "tiered" (default), "eager" or "inductor".
+        precision: "float32" or "bfloat16" (autocast).
+        schedule: step -> factor on the learning rates of a `torch.optim` optimizer (`millrace.optim` has its own).
+        accumulate: update on the mean gradient of this many steps.
+        steps_per_call: run this many steps in one compiled call (for small models).
+        seed: of the data's order and of the step's random numbers (not of the model's initial weights).
+        evaluate_every, checkpoint_every: in steps; by default at the end of every epoch.
+        keep_last, keep_best, monitor, mode: which checkpoints stay; `monitor` is a name in the evaluation.
+        early_stopping: an `EarlyStopping`.
+        run_dir: True makes a new directory under runs/; a path names it; False writes nothing.
+        resume: go on with the run in `run_dir`.
+        log_every: steps between logged means. progress: show a progress bar.
+
+    Returns: how it went.
+
+    Raises: SettingError, DataError, TraceError before anything is trained; NonFiniteError naming the first bad node;
+    KeyboardInterrupt after Ctrl-C, once everything is saved.
+    """
+    started_s = time.monotonic()
+    plan = _plan(settings)
+    if isinstance(optimizer, Optimizer) and plan.accumulate > 1:
+        optimizer, plan = replace(optimizer, accumulate=plan.accumulate), replace(plan, accumulate=1)
+    if isinstance(optimizer, Optimizer) and plan.schedule is not None:
+        raise SettingError("schedule is for torch.optim; give a millrace optimizer its schedule as learning_rate=…")
+    batches = as_batches(data, batch_size=batch_size, seed=plan.seed)
+    held_out = None
+    if validation is not None:
+        held_out = as_batches(validation, batch_size=batch_size, shuffle=False, drop_last=False)
+    if device is not None:
+        _move(model, optimizer, device)
+    run = _run_directory(plan, config)
+    model.train()
+    progress = Progress(_total_steps(plan, batches.batches_per_epoch), epochs=plan.epochs, enabled=plan.progress)
+    trainer = Trainer(
+        plan,
+        lambda batch: training_graph(
+            model,
+            loss,
+            optimizer,
+            batch,
+            precision=plan.precision,
+            schedule=plan.schedule,
+            accumulate=plan.accumulate,
+            seed=plan.seed,
+        ),
+        batches,
+        validation=held_out,
+        evaluator=Evaluator(model, loss, precision=plan.precision, compile=plan.compile, say=progress.message),
+        callbacks=CallbackList(callbacks),
+        run=run,
+        progress=progress,
+        started_s=started_s,
+    )
+    return trainer.run()
+
+
+def _plan(settings: Mapping[str, Any]) -> Plan:
+    known = list(Plan.__dataclass_fields__)
+    for name in settings:
+        if name not in known:
+            raise SettingError(f"fit has no setting {name!r}. {did_you_mean(name, known)}")
+    return Plan(**settings)
+
+
+def _run_directory(plan: Plan, config: Mapping[str, Any] | None) -> RunDirectory | None:
+    if plan.run_dir is False:
+        return None
+    everything = {**(config or {}), "fit": plan.as_config()}
+    exist = "resume" if plan.resume else "new"
+    if plan.run_dir is True:
+        return RunDirectory.create(config=everything)
+    path = Path(plan.run_dir).resolve()
+    return RunDirectory.create(path.parent, path.name, everything, exist)  # type: ignore[arg-type]
+
+
+def _total_steps(plan: Plan, per_epoch: int | None) -> int | None:
+    by_epochs = plan.epochs * per_epoch if plan.epochs and per_epoch else None
+    known = [n for n in (plan.steps, by_epochs) if n is not None]
+    return min(known) if known else None
+
+
+def _move(model: nn.Module, optimizer: Any, device: str | torch.device) -> None:
+    """Move the model; `nn.Module.to` keeps the parameters' identity, which a torch optimizer relies on."""
+    model.to(device)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        for state in optimizer.state.values():
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    state[key] = value.to(device)

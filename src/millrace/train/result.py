@@ -1,0 +1,29 @@
+"""What a finished run leaves in the hands of its caller."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from millrace.train.run_state import Outcome
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    values: mean training loss and metrics since they were last logged. evaluation: of the last evaluation, empty
+    without validation data. train_s: seconds in the loop, evaluations and checkpoints included. first_step_s: from the
+    call of `fit` to the end of the first step (tracing included). tier: what ran the last step.
+    """
+
+    outcome: Outcome
+    steps: int
+    epochs: int
+    values: Mapping[str, float] = field(default_factory=dict)
+    evaluation: Mapping[str, float] = field(default_factory=dict)
+    train_s: float = 0.0
+    first_step_s: float = 0.0
+    tier: str = "eager"
+    run_dir: Path | None = None
