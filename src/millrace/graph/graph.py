@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -98,12 +98,11 @@ class Graph:
         """A copy with some fields replaced."""
         return replace(self, **changes)
 
+    # `text.py` puts itself here: a graph prints itself, yet the printer is built on the graph.
+    printer: ClassVar[Callable[[Graph], str]] = repr
+
     def __str__(self) -> str:
-        return _to_text(self) if _to_text else repr(self)
-
-
-# text.py registers the printer here: a graph prints itself, yet the printer is built on the graph.
-_to_text: Callable[[Graph], str] | None = None
+        return type(self).printer(self)
 
 
 def feed_key(name: str) -> str:
