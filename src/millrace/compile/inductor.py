@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from millrace.compile.artifacts import artifact_path
 from millrace.compile.eager import Compiled
@@ -28,10 +29,11 @@ def compile_inductor(graph: Graph) -> Compiled:
     """
     path = artifact_path(graph)
     artifact = _load(path)
+    module, constants = lowered(graph)
     if artifact is None:
-        artifact = _compile(graph)
+        artifact = _compile(module)
         _save(artifact, path)
-    return _callable(artifact, len(graph.fetches))
+    return _callable(artifact, constants, len(graph.fetches))
 
 
 def is_cached(graph: Graph) -> bool:
@@ -39,18 +41,17 @@ def is_cached(graph: Graph) -> bool:
     return artifact_path(graph).exists()
 
 
-def _callable(artifact: Artifact, fetches: int) -> Compiled:
+def _callable(artifact: Artifact, constants: Sequence[Tensor], fetches: int) -> Compiled:
     def run(variables: Sequence[Tensor], feeds: Sequence[Tensor]) -> list[Tensor]:
         with torch.no_grad():
-            return list(artifact(*variables, *feeds))[:fetches]
+            return list(artifact(*variables, *feeds, *constants))[:fetches]
 
     return run
 
 
-def _compile(graph: Graph) -> Artifact:
+def _compile(module: GraphModule) -> Artifact:
     if not has_cpp_compiler():
         raise CompileError(NO_COMPILER)
-    module = lowered(graph)
     inputs = [_example(node.meta["val"]) for node in module.graph.find_nodes(op="placeholder")]
     try:
         return compile_module(module, inputs, {})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -12,15 +14,37 @@ from millrace.graph.graph import Graph
 from millrace.graph.random import uniform_in_aten
 
 
-def lowered(graph: Graph) -> GraphModule:
-    """The module that Inductor compiles: ATen only, ending in `copy_` for every update."""
+def lowered(graph: Graph) -> tuple[GraphModule, list[Tensor]]:
+    """The module that Inductor compiles: ATen only, ending in `copy_` for every update.
+
+    Constants become inputs after the feeds, so that a compiled artifact does not depend on the process that made it;
+    their values are returned beside the module.
+    """
     module = assigned(graph)
     for node in list(module.graph.nodes):
         if node.target is torch.ops.millrace.uniform.default:
             _inline_uniform(module, node)
+    constants = _constants_as_inputs(module)
     module.graph.lint()
     module.recompile()
-    return module
+    return module, constants
+
+
+def _constants_as_inputs(module: GraphModule) -> list[Tensor]:
+    constants: list[Tensor] = []
+    last = list(module.graph.find_nodes(op="placeholder"))
+    for node in list(module.graph.find_nodes(op="get_attr")):
+        value = operator.attrgetter(str(node.target))(module)
+        if not isinstance(value, Tensor):
+            continue  # the body of a loop or branch
+        with module.graph.inserting_after(last[-1]) if last else module.graph.inserting_before(node):
+            placeholder = module.graph.placeholder(f"constant_{len(constants)}")
+        placeholder.meta = dict(node.meta)
+        node.replace_all_uses_with(placeholder)
+        module.graph.erase_node(node)
+        last.append(placeholder)
+        constants.append(value)
+    return constants
 
 
 def _inline_uniform(module: GraphModule, node: Node) -> None:

@@ -16,10 +16,12 @@ import torch
 import torch.fx.traceback as fx_traceback
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from millrace.errors import TraceError
+from millrace.graph.closures import give_bodies_own_outputs
 from millrace.graph.finish import finish
 from millrace.graph.graph import Graph
 from millrace.graph.random import RandomStream, new_random
@@ -83,7 +85,7 @@ def trace(step: Step, variables: Mapping[str, Any], feed: Any, *, seed: int = 0)
                         _check_update(name, now, leaves_of[name])
                         leaves_of[name].copy_(now)
                 if stream.used:
-                    own[-1].add_(torch.tensor([0, 1], device=own[-1].device))
+                    own[-1].add_(torch.arange(2, device=own[-1].device))  # the seed stays, the counter grows
         fetch_names[:] = fetched
         return [tensor.detach() for tensor in fetched.values()]
 
@@ -109,7 +111,10 @@ def _functionalize(recorded: GraphModule) -> GraphModule:
     def interpret(*flat: Tensor) -> Any:
         return torch.fx.Interpreter(recorded).run(*flat, enable_io_processing=False)
 
-    return make_fx(torch.func.functionalize(interpret, remove="mutations"), _allow_non_fake_inputs=True)(*inputs)
+    give_bodies_own_outputs(recorded)
+    # Inside the fake mode, so that nodes without inputs (zeros, arange) are fake as well.
+    with detect_fake_mode(inputs) or contextlib.nullcontext():
+        return make_fx(torch.func.functionalize(interpret, remove="mutations"), _allow_non_fake_inputs=True)(*inputs)
 
 
 @contextlib.contextmanager
