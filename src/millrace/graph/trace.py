@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from millrace.errors import TraceError
 from millrace.graph.closures import give_bodies_own_outputs
 from millrace.graph.finish import finish
+from millrace.graph.functional import functionalize
 from millrace.graph.graph import Graph
 from millrace.graph.random import RandomStream, new_random
 from millrace.graph.recorder import Recorder
@@ -91,7 +92,7 @@ def trace(step: Step, variables: Mapping[str, Any], feed: Any, *, seed: int = 0)
 
     with _tracing():
         recorded = make_fx(flat_step, tracing_mode="fake", _allow_non_fake_inputs=True)(*values, *leaves.values())
-        functional = _functionalize(recorded)
+        functional = functionalize(recorded)
     return finish(
         functional,
         variables=[slot.variable for slot in slots.values()]
@@ -102,19 +103,6 @@ def trace(step: Step, variables: Mapping[str, Any], feed: Any, *, seed: int = 0)
         initial=dict(zip(names, values, strict=True)),
         retrace=lambda other: trace(step, variables, other, seed=seed),
     )
-
-
-def _functionalize(recorded: GraphModule) -> GraphModule:
-    """Second pass: the same operators without mutation. Fake tensors of the first pass are the inputs."""
-    inputs = [node.meta["val"] for node in recorded.graph.nodes if node.op == "placeholder"]
-
-    def interpret(*flat: Tensor) -> Any:
-        return torch.fx.Interpreter(recorded).run(*flat, enable_io_processing=False)
-
-    give_bodies_own_outputs(recorded)
-    # Inside the fake mode, so that nodes without inputs (zeros, arange) are fake as well.
-    with detect_fake_mode(inputs) or contextlib.nullcontext():
-        return make_fx(torch.func.functionalize(interpret, remove="mutations"), _allow_non_fake_inputs=True)(*inputs)
 
 
 @contextlib.contextmanager
