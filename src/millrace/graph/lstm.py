@@ -1,0 +1,173 @@
+"""LSTM layers as single nodes on the CPU.
+
+PyTorch's oneDNN kernel runs a whole layer over time at once, but hides the size of its workspace from shape
+propagation; written out in ATen, a layer is some forty nodes for every step of time, slower and long to compile. Here
+a layer is the node `millrace::lstm_layer` and its gradient another, both around PyTorch's kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+aten = torch.ops.aten
+_LSTM = 2  # the kernel's number for this kind of cell
+
+# Shape legend: T time, B batch, I input width, H hidden width, G = 4 H gates.
+
+
+@torch.library.custom_op("millrace::lstm_layer", mutates_args=())
+def lstm_layer(
+    x_TBI: Tensor,
+    w_GI: Tensor,
+    w_GH: Tensor,
+    b_G: Tensor,
+    c_G: Tensor,
+    h_BH: Tensor,
+    c_BH: Tensor,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One direction of one layer: outputs [T, B, H], last h and c [B, H], and the kernel's workspace [bytes]."""
+    # The kernel leaves the workspace out unless gradients are on.
+    with torch.enable_grad():
+        found = aten.mkldnn_rnn_layer(
+            x_TBI, w_GI, w_GH, b_G, c_G, h_BH, c_BH, reverse, [], _LSTM, h_BH.shape[-1], 1, True, False, False, True
+        )
+    # The kernel's last state is a view of its outputs.
+    return found[0], found[1].clone(), found[2].clone(), found[3]
+
+
+@lstm_layer.register_fake
+def _(
+    x_TBI: Tensor, w_GI: Tensor, w_GH: Tensor, b_G: Tensor, c_G: Tensor, h_BH: Tensor, c_BH: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    time, batch, width = x_TBI.shape
+    hidden = h_BH.shape[-1]
+    size = _workspace_bytes(int(time), int(batch), int(width), int(hidden), x_TBI.dtype)
+    return (
+        x_TBI.new_empty(time, batch, hidden),
+        torch.empty_like(h_BH),
+        torch.empty_like(c_BH),
+        x_TBI.new_empty(size, dtype=torch.uint8),
+    )
+
+
+@functools.cache
+def _workspace_bytes(time: int, batch: int, width: int, hidden: int, dtype: torch.dtype) -> int:
+    """Ask the kernel itself, with real tensors: the size is its secret and depends on the processor."""
+    with _disable_current_modes(), torch.backends.mkldnn.flags(enabled=True):
+        make = functools.partial(torch.zeros, dtype=dtype)
+        gates = 4 * hidden
+        weights = (make(gates, width), make(gates, hidden), make(gates), make(gates))
+        state = make(batch, hidden)
+        return int(torch.ops.millrace.lstm_layer(make(time, batch, width), *weights, state, state, False)[3].numel())
+
+
+@torch.library.custom_op("millrace::lstm_layer_backward", mutates_args=())
+def lstm_layer_backward(
+    x_TBI: Tensor,
+    weights: Sequence[Tensor],
+    h_BH: Tensor,
+    c_BH: Tensor,
+    outputs: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of input, four weights, h and c. outputs: the four of the layer; gradients: of the first three."""
+    y, last_h, last_c, workspace = outputs
+    hidden = h_BH.shape[-1]
+    found = aten.mkldnn_rnn_layer_backward(
+        x_TBI, *weights, h_BH, c_BH, y, last_h, last_c, *(g.contiguous() for g in gradients),
+        reverse, _LSTM, hidden, 1, True, True, False, [], False, workspace,
+    )  # fmt: skip
+    # Both biases get the same gradient tensor; a node's results may not share memory.
+    return (*found[:4], found[4].clone(), *found[5:7])
+
+
+@lstm_layer_backward.register_fake
+def _(
+    x_TBI: Tensor,
+    weights: Sequence[Tensor],
+    h_BH: Tensor,
+    c_BH: Tensor,
+    outputs: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    reverse: bool,
+) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(t) for t in (x_TBI, *weights, h_BH, c_BH))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, reverse = inputs
+    ctx.reverse = reverse
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _gradient(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    x_TBI, weights, (h_BH, c_BH), outputs = saved[0], saved[1:5], saved[5:7], saved[7:]
+    known = [
+        torch.zeros_like(output) if gradient is None else gradient
+        for gradient, output in zip(gradients[:3], outputs[:3], strict=True)
+    ]
+    found = torch.ops.millrace.lstm_layer_backward(
+        x_TBI, list(weights), h_BH, c_BH, list(outputs), known, ctx.reverse
+    )
+    return (*found, None)
+
+
+lstm_layer.register_autograd(_gradient, setup_context=_save)
+
+
+def fits(arguments: Sequence[Any]) -> bool:
+    """Whether a call of `torch.lstm` is one that the kernel takes: padded batch, CPU, float32, biases, no projection."""
+    if len(arguments) != 9 or not isinstance(arguments[3], bool):
+        return False  # the packed-sequence form
+    x, state, weights, has_biases, layers, _, _, bidirectional, _ = arguments
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.ndim == 3
+        and has_biases
+        and len(weights) == 4 * layers * (2 if bidirectional else 1)
+        and all(t.dtype == torch.float32 for t in (*state, *weights))
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.is_available()
+    )
+
+
+def lstm(
+    x: Tensor,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`torch.lstm` layer by layer, each direction one node. Arguments and results as `torch.lstm`'s."""
+    x_TBI = (x.transpose(0, 1) if batch_first else x).contiguous()
+    directions = 2 if bidirectional else 1
+    last_h, last_c = [], []
+    for layer in range(layers):
+        if layer and dropout and train:
+            x_TBI = F.dropout(x_TBI, dropout)
+        found = []
+        for direction in range(directions):
+            index = layer * directions + direction
+            own = weights[4 * index : 4 * index + 4]
+            h_BH, c_BH = (t[index].contiguous() for t in state)
+            y, h, c, _ = torch.ops.millrace.lstm_layer(x_TBI, *own, h_BH, c_BH, bool(direction))
+            found.append(y)
+            last_h.append(h)
+            last_c.append(c)
+        x_TBI = torch.cat(found, -1) if bidirectional else found[0]
+    return x_TBI.transpose(0, 1) if batch_first else x_TBI, torch.stack(last_h), torch.stack(last_c)
