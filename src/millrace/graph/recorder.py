@@ -85,7 +85,7 @@ class Recorder(TorchDispatchMode):
             register_optimizer_step_post_hook(self._end_update),
         ]
         try:
-            with explicit_generator_state(self.random), self:
+            with functions_of_torch_replaced(self.random), self:
                 yield
         finally:
             for handle in handles:
@@ -200,13 +200,14 @@ def _near(filename: str) -> bool:
 
 
 @contextlib.contextmanager
-def explicit_generator_state(random: RandomStream) -> Iterator[None]:
-    """While tracing, the state of "the generator" is the number of draws so far.
+def functions_of_torch_replaced(random: RandomStream) -> Iterator[None]:
+    """While tracing, the state of "the generator" is the number of draws so far, and torch.compile does nothing.
 
     torch.utils.checkpoint saves the generator's state before a block and restores it before recomputing the block;
     with the counter in its place the recomputed operators get the numbers, and so the masks, of the first time.
+    torch.cond and its kin call torch.compile, whose own tracing has no place inside this one.
     """
-    saved = {name: getattr(torch, name) for name in ("get_rng_state", "set_rng_state")}
+    saved = {name: getattr(torch, name) for name in ("get_rng_state", "set_rng_state", "compile")}
     main = threading.get_ident()
 
     def get() -> Tensor:
@@ -220,11 +221,15 @@ def explicit_generator_state(random: RandomStream) -> Iterator[None]:
         else:
             saved["set_rng_state"](state)
 
-    torch.get_rng_state, torch.set_rng_state = get, set_
+    def compile_(model: Any = None, **_: Any) -> Any:
+        return model if model is not None else lambda function: function
+
+    torch.get_rng_state, torch.set_rng_state, torch.compile = get, set_, compile_  # type: ignore[assignment]
     try:
         yield
     finally:
-        torch.get_rng_state, torch.set_rng_state = saved["get_rng_state"], saved["set_rng_state"]
+        for name, original in saved.items():
+            setattr(torch, name, original)
 
 
 @dataclasses.dataclass(frozen=True)

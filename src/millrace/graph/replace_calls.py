@@ -7,8 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+
+from millrace.graph.closures import bodies_within, call_without_closures
+from millrace.graph.lstm import fits, lstm
 
 
 class ReplacedCalls(TorchFunctionMode):
@@ -18,8 +22,12 @@ class ReplacedCalls(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return call_without_closures(func, bodies_within(self, [*args, *kwargs.values()]))
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
+        if func is torch.lstm and fits(args):
+            return lstm(*args)
         if func is torch.embedding:
             return _embedding(*args, **kwargs)
         scale = kwargs.get("alpha", kwargs.get("value"))

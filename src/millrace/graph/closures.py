@@ -1,0 +1,252 @@
+"""Bodies of loops and branches without closures: what a body uses from outside becomes an operand.
+
+torch.cond, scan, map and while_loop differentiate with respect to their operands alone; a parameter that a body merely
+closes over would get no gradient, without a word. So, while a step is traced, every body is run once to see which
+tensors it reaches outside of its arguments, and those are passed in as further operands.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch._higher_order_ops.partitioner
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from millrace.errors import TraceError
+
+Body = Callable[..., Any]
+
+# torch 2.11 leaves this logger at DEBUG, so that every scan with a gradient prints pages.
+logging.getLogger(torch._higher_order_ops.partitioner.__name__).setLevel(logging.INFO)
+
+
+def call_without_closures(operator: HigherOrderOperator, arguments: Sequence[Any]) -> Any:
+    """Call a control-flow operator with the closures of its bodies as operands; any other operator as it is.
+
+    What the bodies take and return may be nested; the operators themselves know flat lists alone.
+
+    Raises: TraceError when a body changes a tensor from outside in place, or reaches one in a way that cannot be
+    replaced and that needs a gradient.
+    """
+    name = operator.name()
+    if not any(_is_body(argument) for argument in arguments):
+        return operator(*arguments)
+    if name == "cond":
+        predicate, yes, no, operands = arguments
+        flat, nest = pytree.tree_flatten(tuple(operands))
+        lifted = _Lifting(name, [_nested(yes, nest), _nested(no, nest)], flat)
+        result = operator(predicate, *lifted.bodies, (*flat, *lifted.extra))
+    elif name == "scan":
+        body, init, xs, constants = arguments
+        lifted = _Lifting(name, [body], [*init, *_first(xs), *constants])
+        constants = (*constants, *lifted.extra)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors((init, xs, constants))):
+            init = [_differentiable(t) for t in init]
+        result = operator(*lifted.bodies, init, xs, constants)
+    elif name == "map_impl":
+        body, xs, constants = arguments
+        lifted = _Lifting(name, [body], [*_first(xs), *constants])
+        result = operator(*lifted.bodies, xs, [*constants, *lifted.extra])
+    else:
+        return operator(*arguments)
+    return pytree.tree_unflatten(list(result), lifted.nest)
+
+
+def bodies_within(mode: TorchFunctionMode, arguments: Sequence[Any]) -> list[Any]:
+    """`arguments` with their bodies running inside `mode`, which is switched off while it handles their operator."""
+    return [_within(mode, argument) if _is_body(argument) else argument for argument in arguments]
+
+
+def _within(mode: TorchFunctionMode, body: Body) -> Body:
+    def run(*arguments: Any) -> Any:
+        with mode:
+            return body(*arguments)
+
+    return run
+
+
+def _is_body(argument: Any) -> bool:
+    """Graph modules are bodies of torch's own making, backward ones for example; they have no closures."""
+    return callable(argument) and not isinstance(argument, Tensor | GraphModule)
+
+
+def _first(xs: Sequence[Tensor]) -> list[Tensor]:
+    with disable_proxy_modes_tracing():
+        return [x.select(0, 0) for x in xs]
+
+
+def _differentiable(start: Tensor) -> Tensor:
+    """A carry's start that requires a gradient: without, torch 2.11 cuts the gradient through the whole carry."""
+    floating = start.is_floating_point() or start.is_complex()
+    return start.detach().requires_grad_() if floating and not start.requires_grad else start
+
+
+def _nested(body: Body, nest: Any) -> Body:
+    return lambda *flat: body(*pytree.tree_unflatten(list(flat), nest))
+
+
+def give_bodies_own_outputs(module: GraphModule) -> None:
+    """Let no subgraph return an input itself or the same value twice, in place: functionalization refuses that.
+
+    torch 2.11 makes such bodies for the backward pass of scan.
+    """
+    for child in module.children():
+        if not isinstance(child, GraphModule):
+            continue
+        give_bodies_own_outputs(child)
+        output = next(iter(child.graph.find_nodes(op="output")))
+        seen: set[Node] = set()
+
+        def own(node: Node, graph: Graph = child.graph, seen: set[Node] = seen) -> Node:
+            if node.op in ("placeholder", "get_attr") or node in seen:
+                copied = graph.call_function(torch.ops.aten.clone.default, (node,))
+                copied.meta = dict(node.meta)
+                return copied
+            seen.add(node)
+            return node
+
+        with child.graph.inserting_before(output):
+            output.args = pytree.tree_map_only(Node, own, output.args)
+        child.recompile()
+
+
+class _Lifting:
+    """Bodies that take what they reach outside (`extra`) as their last arguments and return tuples of tensors.
+
+    `nest`: how what they returned was nested.
+    """
+
+    def __init__(self, name: str, bodies: Sequence[Body], inputs: list[Any]) -> None:
+        outside: dict[int, Tensor] = {}
+        nests = []
+        for body in bodies:
+            watch = _watched(name, body, inputs)
+            outside.update(watch.reached)
+            nests.append(watch.nest)
+        if any(nest != nests[0] for nest in nests):
+            raise TraceError(f"the branches of {name} return different structures: {nests[0]} and {nests[1]}")
+        self.nest = nests[0]
+        self.extra = list(outside.values())
+        self.bodies = [_Lifted(body, self.extra) for body in bodies]
+        for lifted in self.bodies:
+            for tensor in _watched(name, lifted, [*inputs, *self.extra]).reached.values():
+                if tensor.requires_grad:
+                    raise TraceError(
+                        f"the body of {name} reaches a tensor of shape {list(tensor.shape)} outside of it in a way "
+                        "that cannot be followed (inside an autograd.Function?), and that tensor needs a gradient. "
+                        "Pass it to the body as an argument: as an operand of cond, a constant of scan or map_."
+                    )
+
+
+def _watched(name: str, body: Body, inputs: Sequence[Any]) -> _Watch:
+    """Run `body` without leaving a trace, to see which tensors it uses that are neither inputs nor made inside."""
+    watch = _Watch(name, inputs)
+    with disable_proxy_modes_tracing(), torch.no_grad(), watch:
+        watch.nest = pytree.tree_structure(body(*inputs))
+    return watch
+
+
+class _Watch(TorchDispatchMode):
+    """Sees every operator of a body and notes which of its arguments come from outside."""
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        return True
+
+    def __init__(self, name: str, inputs: Sequence[Any]) -> None:
+        super().__init__()
+        self.name = name
+        self.reached: dict[int, Tensor] = {}
+        self.nest: Any = None
+        # Kept alive, so that no identity is used twice.
+        self._known: dict[int, Tensor] = {id(t): t for t in _tensors(inputs)}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.ops.aten.lift_fresh.default:  # its argument is a literal of the body
+            for tensor in _tensors((args, kwargs)):
+                if id(tensor) not in self._known:
+                    self.reached[id(tensor)] = tensor
+        for tensor in _written(func, args, kwargs):
+            if id(tensor) in self.reached:
+                raise TraceError(
+                    f"the body of {self.name} changes a tensor from outside in place ({func}), for example a running "
+                    "statistic of BatchNorm. Return the new value from the body and assign it outside."
+                )
+        result = func(*args, **kwargs)
+        self._known.update({id(t): t for t in _tensors(result) if id(t) not in self.reached})
+        return result
+
+
+def _tensors(nest: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in pytree.tree_leaves(nest) if isinstance(leaf, Tensor))
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    if not isinstance(func, OpOverload) or not func._schema.is_mutable:
+        return
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[position] if position < len(args) else kwargs.get(argument.name)
+            yield from _tensors(given)
+
+
+class _Lifted:
+    """A body that takes the tensors it reached outside as its last arguments."""
+
+    def __init__(self, body: Body, outside: Sequence[Tensor]) -> None:
+        self._body = body
+        self._outside = outside
+
+    def __call__(self, *arguments: Any) -> tuple[Any, ...]:
+        split = len(arguments) - len(self._outside)
+        standing_in = {id(old): new for old, new in zip(self._outside, arguments[split:], strict=True)}
+        with _Substituted(standing_in):
+            result = self._body(*arguments[:split])
+        return _without_aliases(result, list(_tensors(arguments)))
+
+
+def _without_aliases(result: Any, inputs: list[Tensor]) -> tuple[Any, ...]:
+    """`result` with copies of what shares memory with an input or an earlier output, which the operators refuse."""
+    seen = list(inputs)
+
+    def own(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            if any(torch._C._is_alias_of(leaf, other) for other in seen):
+                leaf = leaf.clone()
+            seen.append(leaf)
+        return leaf
+
+    return tuple(own(leaf) for leaf in pytree.tree_leaves(result))
+
+
+class _Substituted(TorchFunctionMode):
+    """Gives other tensors to every call that uses certain tensors."""
+
+    def __init__(self, standing_in: dict[int, Tensor]) -> None:
+        super().__init__()
+        self._standing_in = standing_in
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        def replaced(leaf: Any) -> Any:
+            return self._standing_in.get(id(leaf), leaf) if isinstance(leaf, Tensor) else leaf
+
+        args, kwargs = pytree.tree_map(replaced, (args, kwargs or {}))
+        if isinstance(func, HigherOrderOperator):
+            args = tuple(bodies_within(self, args))
+        return func(*args, **kwargs)
