@@ -183,19 +183,22 @@ def _terminal(kind: str, names: Sequence[str], nodes: Sequence[Node], colour: Co
 def _in_rows_of_modules(picture: Picture) -> tuple[Box, ...]:
     """Forward boxes by the longest path; backward and update boxes in the row of their module's forward box.
 
-    Where a module has several forward boxes, a backward box stands beside one that it keeps something of.
+    Where a module has several forward boxes, a backward box stands beside one that it keeps something of, or else
+    beside the lowest above the backward boxes that it continues.
     """
     rank = _forward_ranks(picture)
     rows: dict[str, list[int]] = {}
     for number, box in enumerate(picture.boxes):
         if box.kind == Phase.FORWARD:
             rows.setdefault(box.scope, []).append(rank[number])
-    last = max(rank, default=0)
+    below = max(rank, default=0) + 1
     for number, box in enumerate(picture.boxes):
         if box.kind == Phase.BACKWARD:
-            sources = [a for a, b in picture.arrows if b == number and picture.boxes[a].kind == Phase.FORWARD]
-            kept = [rank[a] for a in sources if picture.boxes[a].scope == box.scope]
-            last = rank[number] = max(kept or rows.get(box.scope, [last]))
+            sources = [(a, picture.boxes[a]) for a, b in picture.arrows if b == number]
+            kept = [rank[a] for a, source in sources if source.kind == Phase.FORWARD and source.scope == box.scope]
+            limit = min((rank[a] for a, source in sources if source.kind == Phase.BACKWARD), default=below)
+            own = rows.get(box.scope, [max(limit - 1, 0)])
+            rank[number] = max(kept or [row for row in own if row < limit] or [min(own)])
         elif box.kind == Phase.UPDATE:
             rank[number] = 0 if box.scope == SHARED else _row_of_module(box.scope, rows)
     return _placed(picture, rank)
