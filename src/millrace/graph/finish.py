@@ -112,8 +112,8 @@ def _name_inputs(
     kept: set[str],
 ) -> None:
     names = [v.name for v in variables] + [f.name for f in feeds]
-    for placeholder, name in zip(placeholders, names, strict=True):
-        placeholder._rename(_identifier(name))
+    for index, (placeholder, name) in enumerate(zip(placeholders, names, strict=True)):
+        placeholder._rename(("feed_" if index >= len(variables) else "") + _identifier(name))
         # The tracer keeps the values of inputs it wrapped as tensors that require gradients; a graph has none.
         placeholder.meta["val"] = placeholder.meta["val"].detach()
     for placeholder, variable in zip(placeholders, variables, strict=False):
@@ -126,43 +126,54 @@ def _name_inputs(
 
 def _identifier(name: str) -> str:
     word = "".join(c if c.isalnum() else "_" for c in name)
-    return word if word[:1].isalpha() or word[:1] == "_" else f"feed_{word}"
+    return word if not word[:1].isdigit() else f"_{word}"
 
 
 def label(graph: torch.fx.Graph, updates: Mapping[str, Node], owners: Mapping[str, str]) -> None:
     """Give every node its NodeInfo: scope, phase, variable and line.
 
     Optimizer hooks and autograd have said most phases. The others are decided by dataflow: a node outside every module
-    that leads to updates, and neither to a backward node nor to a fetch alone, is part of the update.
+    that leads to updates, and not to a backward node, is part of the update.
     """
     origins: dict[Node, Origin] = {n: n.meta.get("custom", {}).get(ORIGIN, Origin()) for n in graph.nodes}
-    leads_to: dict[Node, set[str]] = {n: set() for n in graph.nodes}
-    for name, node in updates.items():
-        leads_to[node].add(owners[name])
-    to_backward: set[Node] = set()
+    to_update, to_backward = set(updates.values()), set()
     for node in reversed(list(graph.nodes)):
         for user in node.users:
-            if user.op == "output":
-                continue
-            leads_to[node] |= leads_to[user]
-            if user in to_backward or origins[user].phase is Phase.BACKWARD:
+            if user in to_update:
+                to_update.add(node)
+            if user.op != "output" and (user in to_backward or origins[user].phase is Phase.BACKWARD):
                 to_backward.add(node)
+    phases: dict[Node, Phase] = {}
     for node in graph.nodes:
-        if node.op != "call_function":
-            continue
         origin = origins[node]
-        phase = origin.phase
-        if phase is None or (phase is Phase.UPDATE and node in to_backward and not leads_to[node]):
-            updating = leads_to[node] and node not in to_backward and not origin.inside
-            phase = Phase.UPDATE if updating else Phase.FORWARD
-        if node.target is operator.getitem and isinstance(node.args[0], Node):
-            parent: NodeInfo = node.args[0].meta.get(INFO, NodeInfo())
-            node.meta[INFO] = parent
-            continue
-        owner = ""
-        if phase is Phase.UPDATE:
-            reached = leads_to[node]
-            owner = next(iter(reached)) if len(reached) == 1 else "*"
-        node.meta[INFO] = NodeInfo(origin.scope, phase, owner, origin.line)
+        if node.target is operator.getitem:
+            phases[node] = phases[node.args[0]]
+        elif origin.phase is None or (origin.phase is Phase.UPDATE and node in to_backward and node not in to_update):
+            updating = node in to_update and node not in to_backward and not origin.inside
+            phases[node] = Phase.UPDATE if updating else Phase.FORWARD
+        else:
+            phases[node] = origin.phase
+    served = _served(graph, updates, owners, phases)
+    for node in graph.nodes:
+        if node.op == "call_function":
+            origin = origins[node.args[0] if node.target is operator.getitem else node]
+            found = served[node]
+            owner = "" if phases[node] is not Phase.UPDATE else next(iter(found)) if len(found) == 1 else "*"
+            node.meta[INFO] = NodeInfo(origin.scope, phases[node], owner, origin.line)
 
 
+def _served(
+    graph: torch.fx.Graph, updates: Mapping[str, Node], owners: Mapping[str, str], phases: Mapping[Node, Phase]
+) -> dict[Node, set[str]]:
+    """The owners of the variables that each node leads to, through update nodes alone.
+
+    The new weights of one network may feed the forward pass of another, as in an adversarial pair: that is no update.
+    """
+    served: dict[Node, set[str]] = {node: set() for node in graph.nodes}
+    for name, node in updates.items():
+        served[node].add(owners[name])
+    for node in reversed(list(graph.nodes)):
+        for user in node.users:
+            if user.op != "output" and phases[user] is Phase.UPDATE:
+                served[node] |= served[user]
+    return served
