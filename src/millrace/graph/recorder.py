@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from millrace.errors import TraceError
 from millrace.graph.random import REPLACEMENTS, RandomStream
 from millrace.graph.signature import Phase
+from millrace.graph.stand_ins import stand_ins
 
 # Keys under node.meta["custom"], which torch copies from node to node through every retracing.
 ORIGIN = "millrace_origin"
@@ -85,7 +85,7 @@ class Recorder(TorchDispatchMode):
             register_optimizer_step_post_hook(self._end_update),
         ]
         try:
-            with functions_of_torch_replaced(self.random), self:
+            with stand_ins(self.random), self:
                 yield
         finally:
             for handle in handles:
@@ -117,7 +117,7 @@ class Recorder(TorchDispatchMode):
             if self._stack:  # recomputation of a checkpointed module
                 return Origin(self._stack[-1], Phase.BACKWARD, user_line() or known.line, True)
             return dataclasses.replace(known, phase=Phase.BACKWARD)
-        if self._updating:
+        if self._updating and not self._stack:  # a closure of the optimizer may run the model
             return Origin("", Phase.UPDATE, user_line())
         inside = bool(self._stack)
         origin = Origin(self._stack[-1] if inside else "", Phase.FORWARD if inside else None, user_line(), inside)
@@ -197,41 +197,3 @@ def user_line() -> str:
 
 def _near(filename: str) -> bool:
     return filename.startswith(os.getcwd() + os.sep)
-
-
-@contextlib.contextmanager
-def functions_of_torch_replaced(random: RandomStream) -> Iterator[None]:
-    """While tracing, the state of "the generator" is the number of draws so far, and torch.compile does nothing.
-
-    torch.utils.checkpoint saves the generator's state before a block and restores it before recomputing the block;
-    with the counter in its place the recomputed operators get the numbers, and so the masks, of the first time.
-    torch.cond and its kin call torch.compile, whose own tracing has no place inside this one.
-    """
-    saved = {name: getattr(torch, name) for name in ("get_rng_state", "set_rng_state", "compile")}
-    main = threading.get_ident()
-
-    def get() -> Tensor:
-        if threading.get_ident() != main:
-            return saved["get_rng_state"]()
-        return _Draws(random.draws)  # type: ignore[return-value]
-
-    def set_(state: Any) -> None:
-        if isinstance(state, _Draws):
-            random.draws = state.count
-        else:
-            saved["set_rng_state"](state)
-
-    def compile_(model: Any = None, **_: Any) -> Any:
-        return model if model is not None else lambda function: function
-
-    torch.get_rng_state, torch.set_rng_state, torch.compile = get, set_, compile_  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for name, original in saved.items():
-            setattr(torch, name, original)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Draws:
-    count: int
