@@ -149,6 +149,9 @@ def _assemble(
     placeholders = graph.placeholders()
     feeds = [placeholders[feed_key(f.name)] for f in graph.feeds]
     fetched = {name: graph.node(node) for name, node in graph.fetches.items()}
+    # A training graph can hand out every gradient; arrows to all of them would hide the rest.
+    forward = {name: node for name, node in fetched.items() if info(node).phase is Phase.FORWARD}
+    fetched = forward or fetched
     every = [_terminal(FEED, [feed_key(f.name) for f in graph.feeds], feeds, colour), list(boxes)]
     every.append(_terminal(FETCH, list(fetched), list(fetched.values()), colour))
     box_of = {node: len(every[0]) + number for number, group in enumerate(groups) for node in group}
