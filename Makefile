@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 .PHONY: help train test lint format types contract bench check clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1|/' | column -t -s '|' 2>/dev/null
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 train: $(VENV)/.installed-zoo  ## train the digit reader, with a progress bar (ARGS="--set epochs=2" for options)
 	$(BIN)/millrace train digits $(ARGS)

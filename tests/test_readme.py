@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import millrace
+from millrace.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -81,3 +82,14 @@ def test_links_lead_somewhere() -> None:
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake ([a-z]+)\b", TEXT))))
 def test_make_targets_exist(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", re.findall(r"^millrace .*?(?=  +#|$)", TEXT, re.MULTILINE))
+def test_commands_and_their_options_exist(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, command, *rest = line.split()
+    assert command in COMMANDS
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    documented = capsys.readouterr().out
+    assert [word for word in rest if word.startswith("--") and word not in documented] == []
