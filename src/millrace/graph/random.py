@@ -183,7 +183,8 @@ def _normal_like(s: RandomStream, x: Tensor, mean: float = 0.0, std: float = 1.0
 REPLACEMENTS: dict[OpOverload, Replacement] = {
     aten.bernoulli.default: _bernoulli,
     aten.bernoulli.p: _bernoulli,
-    aten.bernoulli_.float: _in_place(_bernoulli),
+    # An argument that equals the schema's default does not reach us, and then p is not None but 0.5.
+    aten.bernoulli_.float: _in_place(lambda s, x, p=0.5, **_: _bernoulli(s, x, p)),
     aten.bernoulli_.Tensor: _in_place(_bernoulli),
     aten.native_dropout.default: _native_dropout,
     aten.rand.default: lambda s, size, **k: s.unit(size).to(_dtype(k)),
