@@ -43,6 +43,8 @@ def sparse_rows(graph: Graph) -> Graph:
 
 def _match(update: Node) -> tuple[Node, Node | float, float] | None:
     """(dense gradient, scale, sign) of an update `p + sign * (gradient * scale)`; None for any other."""
+    if not isinstance(update.args[0], Node) or update.args[0].op != "placeholder":
+        return None
     if update.target is aten.addcmul.default and not update.kwargs:
         factors, sign = update.args[1:], 1.0
     elif update.target in (aten.add.Tensor, aten.sub.Tensor):

@@ -1,0 +1,96 @@
+"""LSTM layers as single nodes: the numbers of torch.lstm, and the written-out form wherever the kernel does not fit."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from millrace.compile.eager import compile_eager
+from millrace.errors import TraceError
+from millrace.graph.graph import Graph
+from millrace.graph.training import training_graph
+
+KERNEL = "millrace.lstm_layer.default"
+
+
+class Last(nn.Module):
+    """An LSTM whose outputs and last states all reach the result."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(5, 6, 2, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, (h, c) = self.lstm(x)
+        return y.square().mean() + h.mean() + c.square().mean()
+
+
+def _loss(model: Any, x: Tensor) -> Tensor:
+    return model(x)
+
+
+def _kernels(graph: Graph) -> int:
+    return sum(str(node.target) == KERNEL for node in graph.nodes)
+
+
+@pytest.mark.parametrize(
+    ("options", "layers"), [({}, 2), ({"batch_first": True}, 2), ({"bidirectional": True}, 4)], ids=str
+)
+def test_training_equals_eager(options: dict[str, Any], layers: int) -> None:
+    torch.manual_seed(0)
+    model = Last(**options)
+    reference = copy.deepcopy(model)
+    x = torch.randn(4, 3, 5)
+    graph = training_graph(model, _loss, torch.optim.SGD(model.parameters(), lr=0.1), x)
+    assert _kernels(graph) == layers
+    run = compile_eager(graph)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+    for _ in range(5):
+        loss = run([t.detach() for t in graph.initial.values()], [x])[0]
+        expected = reference(x)
+        optimizer.zero_grad()
+        expected.backward()
+        optimizer.step()
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-7)
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_between_layers_is_the_steps_own() -> None:
+    torch.manual_seed(0)
+    model = Last(dropout=0.5)
+    x = torch.randn(4, 3, 5)
+    graph = training_graph(model, _loss, torch.optim.SGD(model.parameters(), lr=0.0), x)
+    run = compile_eager(graph)
+    variables = [t.detach() for t in graph.initial.values()]
+    first, second = (run(variables, [x])[0] for _ in range(2))
+    assert first != second
+    assert sum(str(node.target) == "millrace.uniform.default" for node in graph.nodes) == 1
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Last().double(), Last(bias=False), Last(proj_size=3)],
+    ids=["float64", "no bias", "projection"],
+)
+def test_what_the_kernel_cannot_do_is_written_out(model: nn.Module) -> None:
+    x = torch.randn(4, 3, 5, dtype=next(model.parameters()).dtype)
+    graph = training_graph(model, _loss, torch.optim.SGD(model.parameters(), lr=0.1), x)
+    assert _kernels(graph) == 0
+    loss = compile_eager(graph)([t.detach().clone() for t in graph.initial.values()], [x])[0]
+    torch.testing.assert_close(loss, model(x).detach())
+
+
+def test_packed_sequences_are_refused_with_a_way_out() -> None:
+    model = nn.LSTM(5, 6)
+
+    def loss(m: Any, batch: Tensor) -> Tensor:
+        return m(pack_padded_sequence(batch, [4, 3, 1]))[1][0].mean()
+
+    with pytest.raises(TraceError, match=r"(?s)test_lstm\.py:\d+ in loss: .*mask"):
+        training_graph(model, loss, torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(4, 3, 5))
