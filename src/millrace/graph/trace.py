@@ -13,15 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch._dynamo  # make_fx imports it when first called; done here, the first step need not wait for it
 import torch.fx.traceback as fx_traceback
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch._guards import detect_fake_mode
-from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from millrace.errors import TraceError
-from millrace.graph.closures import give_bodies_own_outputs
 from millrace.graph.finish import finish
 from millrace.graph.functional import functionalize
 from millrace.graph.graph import Graph
