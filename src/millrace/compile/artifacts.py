@@ -19,14 +19,20 @@ from millrace.version import __version__
 def cache_directory() -> Path:
     """`$MILLRACE_CACHE`, or millrace under the user's cache directory; made if it is missing.
 
-    Raises: CompileError when the directory belongs to another user or others may write to it, because compiled
-    artifacts are code.
+    Raises: CompileError when it cannot be made, or when it belongs to another user or others may write to it, because
+    compiled artifacts are code.
     """
     named = os.environ.get("MILLRACE_CACHE")
     base = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "millrace"
     directory = base / "compiled"
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    status = directory.stat()
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = directory.stat()
+    except OSError as error:
+        raise CompileError(
+            f"the cache of compiled graphs {directory} cannot be made: {error.strerror}. "
+            "Set MILLRACE_CACHE to a directory of your own."
+        ) from error
     if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise CompileError(
             f"the cache of compiled graphs {directory} can be written by other users, and what is in it is run. "
@@ -57,7 +63,7 @@ def _on_cuda(graph: Graph) -> bool:
 
 
 def _processor_flags() -> str:
-    """The instruction sets of this processor, as Linux tells them; a home directory may be shared by unlike machines."""
+    """This processor's instruction sets, as Linux tells them; a home directory may be shared by unlike machines."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("flags", "Features")):

@@ -68,7 +68,8 @@ def _compile_in_child(graph: Graph) -> bool:
     with tempfile.TemporaryDirectory(prefix="millrace-compile-") as directory:
         graph_file = Path(directory) / "step.graph"
         save_graph(graph, graph_file)
-        command = [sys.executable, "-m", "millrace.compile.worker", str(graph_file), str(torch.get_num_threads())]
+        worker = [sys.executable, "-m", "millrace.compile.worker"]
+        command = [*worker, str(graph_file), str(torch.get_num_threads()), str(os.getpid())]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         child = subprocess.Popen(
             command,

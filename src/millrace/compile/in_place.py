@@ -1,8 +1,8 @@
 """From new values to assignments: how a functional graph updates its variables in place.
 
-`assigned` is for a compiler that plans memory itself: the graph ends in `copy_` nodes. `in_place` is for the eager tier:
-where nothing reads a variable after its update begins, the chain of operators that makes the new value runs in the
-variable's own memory (`p - lr * g` becomes `p.sub_(lr * g)`), so that no copy of the parameters is ever made.
+`assigned` is for a compiler that plans memory itself: the graph ends in `copy_` nodes. `in_place` is for the eager
+tier: where nothing reads a variable after its update begins, the chain of operators that makes the new value runs in
+the variable's own memory (`p - lr * g` becomes `p.sub_(lr * g)`), so that no copy of the parameters is ever made.
 """
 
 from __future__ import annotations
@@ -60,9 +60,11 @@ def _with_assignments(graph: Graph, *, reuse_memory: bool) -> GraphModule:
                 done.add(value)
             else:
                 copies.append((variable, value))
-        results = [_own_memory(module.graph, node, updates) for node in fetched]
+        # A fetch must outlast later steps, which write over every variable, also over those this part only reads.
+        variables = {inputs[variable.name] for variable in graph.variables}
+        results = [_own_memory(module.graph, node, variables) for node in fetched]
         # A value that is itself a variable's old value, or a view of one, must be saved from the assignments.
-        saved = {value: _own_memory(module.graph, value, updates) for _, value in copies}
+        saved = {value: _own_memory(module.graph, value, set(updates)) for _, value in copies}
         for variable, value in copies:
             node = module.graph.call_function(aten.copy_.default, (variable, saved[value]))
             node.meta["val"] = variable.meta["val"]
@@ -72,7 +74,7 @@ def _with_assignments(graph: Graph, *, reuse_memory: bool) -> GraphModule:
 
 
 def _chain(variable: Node, value: Node, order: dict[Node, int]) -> list[Node]:
-    """The operators from `variable` to `value`, each on the first argument of the next; [] if there is no such chain."""
+    """The operators from `variable` to `value`, each on the first argument of the next; [] if there is none."""
     chain: list[Node] = []
     node = value
     while node is not variable:
@@ -121,12 +123,12 @@ def _may_alias(node: Node) -> bool:
 _MAYBE_VIEWS = {aten.reshape.default, aten.contiguous.default, aten._reshape_alias.default, aten.to.dtype}
 
 
-def _own_memory(graph: torch.fx.Graph, node: Node, updates: dict[Node, Node]) -> Node:
-    """`node`, or a clone of it when it shares memory with a variable that the step updates."""
+def _own_memory(graph: torch.fx.Graph, node: Node, written: set[Node]) -> Node:
+    """`node`, or a clone of it when it shares memory with one of the inputs that are `written`."""
     root = node
     while root.op == "call_function" and _may_alias(root) and root.args and isinstance(root.args[0], Node):
         root = root.args[0]
-    if root not in updates:
+    if root not in written:
         return node
     clone = graph.call_function(aten.clone.default, (node,))
     clone.meta["val"] = node.meta.get("val")

@@ -76,15 +76,18 @@ class Runner:
         """
         assert self._unproved is not None
         compiled, seconds = self._unproved
-        self._unproved = None
         before = [v.clone() for v in variables]
         after = [v.clone() for v in before]
+        failure = None
         try:
             fetched = compiled(after, feeds)
         except Exception as error:  # the compiled code is foreign; whatever it raises, the run goes on
-            self._stay_eager(f"the compiled step raised {type(error).__name__}: {error}")
-            return self._run(variables, feeds)
-        expected = self._run(variables, feeds)
+            failure = f"the compiled step raised {type(error).__name__}: {error}"
+        expected = self._run(variables, feeds)  # when this raises too, the batch is at fault and the proof waits
+        self._unproved = None
+        if failure is not None:
+            self._stay_eager(failure)
+            return expected
         wrong = difference(before, variables, after, expected, fetched, tolerance(self._graph))
         if wrong:
             self._stay_eager(f"the compiled step differs from the eager one: {wrong}")
@@ -97,5 +100,3 @@ class Runner:
 
     def _stay_eager(self, why: str) -> None:
         self._say(f"staying eager: {why}")
-
-

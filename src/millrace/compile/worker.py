@@ -1,12 +1,15 @@
 """The child process that compiles in the background: reads a graph file, leaves the artifact in the cache.
 
-Run as `python -m millrace.compile.worker GRAPH_FILE THREADS`. Exit status 0: the artifact is in the cache; 1: the last
-line on standard error says why not; 3: the graph uses an operator that only the parent process has registered.
+Run as `python -m millrace.compile.worker GRAPH_FILE THREADS PARENT_PID`. Exit status 0: the artifact is in the cache;
+1: the last line on standard error says why not; 3: the graph uses an operator that only the parent process has
+registered.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -20,7 +23,8 @@ UNKNOWN_OPERATOR = 3
 
 
 def main(arguments: list[str]) -> int:
-    graph_file, threads = arguments
+    graph_file, threads, parent = arguments
+    _die_with(int(parent))
     os.nice(10)  # training goes on meanwhile
     torch.set_num_threads(int(threads))
     try:
@@ -34,6 +38,17 @@ def main(arguments: list[str]) -> int:
         print(error, file=sys.stderr)
         return 1
     return 0 if is_cached(graph) else UNKNOWN_OPERATOR
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel end this process when the parent ends, also by a kill that lets it end nothing itself (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was gone before that
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from millrace.graph.check import check
 from millrace.graph.graph import INFO, Graph, NodeInfo, set_output
 from millrace.graph.signature import Feed, TensorSpec
 from millrace.runtime.commit import Digest
-from millrace.runtime.shard import read_shard_into, verify, write_shard
+from millrace.runtime.shard import read_shard_into, write_shard
 
 SAVE, RESTORE = "save", "restore"
 _PATH = "path"
@@ -31,7 +31,11 @@ _PATH_BYTES = 4096  # a path is fed as UTF-8, padded with zeros
 _DIGEST_BYTES = 40  # sha256, then the file's size
 
 
-@torch.library.custom_op("millrace::save_shard", mutates_args=(), schema="(Tensor[] values, str[] names, Tensor path) -> Tensor")
+_SAVE_SCHEMA = "(Tensor[] values, str[] names, Tensor path) -> Tensor"
+_RESTORE_SCHEMA = "(Tensor[] like, str[] names, Tensor path) -> Tensor[]"
+
+
+@torch.library.custom_op("millrace::save_shard", mutates_args=(), schema=_SAVE_SCHEMA)
 def _save_shard(values: list[Tensor], names: list[str], path: Tensor) -> Tensor:
     digest = write_shard(_decode(path), dict(zip(names, values, strict=True)))
     raw = bytes.fromhex(digest.sha256) + digest.size_bytes.to_bytes(8, "little")
@@ -43,7 +47,7 @@ def _(values: list[Tensor], names: list[str], path: Tensor) -> Tensor:
     return torch.empty(_DIGEST_BYTES, dtype=torch.uint8)
 
 
-@torch.library.custom_op("millrace::restore_shard", mutates_args=(), schema="(Tensor[] like, str[] names, Tensor path) -> Tensor[]")
+@torch.library.custom_op("millrace::restore_shard", mutates_args=(), schema=_RESTORE_SCHEMA)
 def _restore_shard(like: list[Tensor], names: list[str], path: Tensor) -> list[Tensor]:
     targets = {name: torch.empty_like(tensor) for name, tensor in zip(names, like, strict=True)}
     read_shard_into(_decode(path), None, targets)
@@ -70,18 +74,6 @@ class SideGraph:
         """Run the save node on `tensors` (a snapshot of the variables); returns the file's digest."""
         raw = bytes(self.run(tensors, path)[0].tolist())
         return Digest(raw[:32].hex(), int.from_bytes(raw[32:], "little"))
-
-
-    def read(self, path: Path, expected: Digest | None, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run the restore node; returns new tensors, `like` the variables, which stay as they are.
-
-        Raises: DamagedCheckpointError when the file is not the expected one; CheckpointError for another model's.
-        """
-        if expected is not None:
-            verify(path, expected)
-        found = {name: torch.empty_like(tensor) for name, tensor in like.items()}
-        self.run(found, path)
-        return found
 
 
 def save_graph_of(graph: Graph) -> SideGraph:

@@ -15,10 +15,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from millrace.compile.cuda_graph import CapturedSteps
 from millrace.compile.tiered import Runner, Say
-from millrace.errors import FeedError, FetchError, StepError, did_you_mean
+from millrace.errors import FeedError, FetchError, MillraceError, StepError, TraceError, did_you_mean
 from millrace.graph.graph import TRAIN, Graph
 from millrace.graph.passes.prune import prune
+from millrace.graph.passes.sparse_rows import sparse_rows
 from millrace.graph.passes.unroll import unroll
 from millrace.graph.signature import Feed
 from millrace.graph.trace import flatten_feed
@@ -37,7 +39,7 @@ class _Program:
 
     graph: Graph
     fetches: tuple[str, ...]
-    runner: Runner
+    runner: Runner | CapturedSteps
 
 
 class Session:
@@ -220,13 +222,18 @@ class Session:
         known = self._programs.get((key, names, steps))
         if known is None:
             train = TRAIN in names
-            wanted = tuple(name for name in names if name != TRAIN)
-            part = prune(graph, wanted, graph.updates if train else ())
-            if steps > 1:
-                part = unroll(part, steps)
-            known = _Program(part, wanted, Runner(part, self._compile, self.say))
+            wanted = tuple(dict.fromkeys(name for name in names if name != TRAIN))
+            part = sparse_rows(prune(graph, wanted, graph.updates if train else ()))
+            whole = unroll(part, steps) if steps > 1 else part
+            known = _Program(whole, wanted, self._runner(part, whole, steps))
             self._programs[(key, names, steps)] = known
         return known, flat
+
+    def _runner(self, one: Graph, whole: Graph, steps: int) -> Runner | CapturedSteps:
+        """For `steps` of the graph `one`, which are the graph `whole`: a GPU needs only one of them compiled."""
+        if steps > 1 and any(v.spec.device.startswith("cuda") for v in one.variables):
+            return CapturedSteps(Runner(one, self._compile, self.say), steps, self.say)
+        return Runner(whole, self._compile, self.say)
 
     def _flatten(self, names: tuple[str, ...], feed: Any, steps: int) -> tuple[list[Tensor], Graph, _Key]:
         if feed is None:
@@ -251,7 +258,10 @@ class Session:
                 )
 
     def _named_feeds(self, feed: Any) -> list[Tensor]:
-        leaves, tree = flatten_feed(feed)
+        try:
+            leaves, tree = flatten_feed(feed)
+        except TraceError as error:
+            raise FeedError(str(error)) from error
         expected = pytree.treespec_loads(self.graph.feed_tree)
         if tree != expected:
             raise FeedError(
@@ -268,21 +278,35 @@ class Session:
             raise FeedError(f"{changed}. This graph was loaded from a file and cannot be traced for other shapes.")
         if any(dtype != f.spec.dtype for (_, dtype), f in zip(key, self.graph.feeds, strict=True)):
             raise FeedError(f"{changed}. Convert the batch to the dtype that the step was traced with.")
-        if len(self._graphs) >= self.max_shapes:
-            old, _ = next(iter(self._graphs.items()))
-            self._graphs.pop(old)
-            self._programs = {k: p for k, p in self._programs.items() if k[0] != old}
-            warnings.warn(
-                f"{changed}: the {len(self._graphs) + 2}th shape, more than the {self.max_shapes} that are kept; the "
-                "least recently used one is dropped. Pad the batches, or drop the last one, to trace less often.",
-                stacklevel=4,
-            )
-        elif self._warn_new_shape:
-            warnings.warn(f"{changed}: tracing the step again for the new shape.", stacklevel=4)
         device_feed = pytree.tree_unflatten(
             [t[0] if steps > 1 else t for t in flat], pytree.treespec_loads(self.graph.feed_tree)
         )
-        self._graphs[key] = self.graph.retrace(device_feed)
+        try:
+            graph = self.graph.retrace(device_feed)
+        except (MillraceError, RuntimeError, ValueError, IndexError, TypeError) as error:
+            notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
+            raise FeedError(f"{changed}, and the step does not run on that: {error}{notes}") from error
+        if graph.variables != self.graph.variables:
+            raise FeedError(
+                f"{changed}, and for this shape the step has other variables: "
+                f"{_names(graph.variables)} instead of {_names(self.graph.variables)}. Keep the batch's shape."
+            )
+        self._make_room(changed)
+        # The session has the variables; a second set of optimizer slots would only take memory.
+        self._graphs[key] = graph.with_(initial={})
+
+    def _make_room(self, changed: str) -> None:
+        """Say that a new shape has come, and drop the least recently used one where there are too many."""
+        if len(self._graphs) >= self.max_shapes:
+            old, _ = self._graphs.popitem(last=False)
+            self._programs = {k: p for k, p in self._programs.items() if k[0] != old}
+            warnings.warn(
+                f"{changed}: a shape more than the {self.max_shapes} that are kept. The step was traced again and the "
+                "least recently used shape dropped. Pad the batches, or drop the last one, to trace less often.",
+                stacklevel=6,
+            )
+        elif self._warn_new_shape:
+            warnings.warn(f"{changed}: the step was traced again for the new shape.", stacklevel=6)
 
 
 def _key(specs: Any) -> _Key:

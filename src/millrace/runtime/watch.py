@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
-from millrace.errors import NonFiniteError
 from millrace.graph.graph import Graph, info
 
 See = Callable[[str, Tensor], None]
@@ -31,65 +33,86 @@ class Watch:
 
 
 class _Shown(Interpreter):
-    def __init__(self, graph: Graph, see: Callable[[Node, Any], None]) -> None:
+    def __init__(self, graph: Graph, watches: Sequence[Watch]) -> None:
         super().__init__(graph.module)
-        self._see = see
+        self._watches = watches
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
-        if n.op == "call_function":
-            self._see(n, value)
+        if n.op == "call_function" and isinstance(value, Tensor):
+            for watch in self._watches:
+                if watch.matches(n):
+                    watch.see(n.name, value)
         return value
-
-
-def _interpret(
-    graph: Graph, variables: Sequence[Tensor], feeds: Sequence[Tensor], see: Callable[[Node, Any], None]
-) -> list[Tensor]:
-    """Run the functional graph as it is; returns fetches, then new values."""
-    with torch.no_grad():
-        return list(_Shown(graph, see).run(*variables, *feeds))
 
 
 def run_watched(
     graph: Graph, variables: Sequence[Tensor], feeds: Sequence[Tensor], watches: Sequence[Watch]
 ) -> list[Tensor]:
     """Run the step with every watched tensor shown; updates are assigned at the end. Returns the fetches."""
-
-    def see(node: Node, value: Any) -> None:
-        for watch in watches:
-            if isinstance(value, Tensor) and watch.matches(node):
-                watch.see(node.name, value)
-
-    results = _interpret(graph, variables, feeds, see)
-    fetched = [value.clone() for value in results[: len(graph.fetches)]]
-    by_name = {v.name: tensor for v, tensor in zip(graph.variables, variables, strict=True)}
-    new = [value.clone() for value in results[len(graph.fetches) :]]
-    for name, value in zip(graph.updates, new, strict=True):
-        by_name[name].copy_(value)
-    return fetched
+    with torch.no_grad():
+        results = _Shown(graph, watches).run(*variables, *feeds)
+        # Some results are views of variables, or of each other's new values.
+        results = [value.clone() for value in results]
+        by_name = {v.name: tensor for v, tensor in zip(graph.variables, variables, strict=True)}
+        for name, value in zip(graph.updates, results[len(graph.fetches) :], strict=True):
+            by_name[name].copy_(value)
+    return results[: len(graph.fetches)]
 
 
 def first_nonfinite(graph: Graph, variables: Sequence[Tensor], feeds: Sequence[Tensor]) -> str:
     """Which node of the step first makes a NaN or an infinity out of finite inputs, in words; "" if none does.
 
-    Runs the step without assigning anything.
+    An infinity may be meant (the logarithm of a mask), so the first node to make a NaN is named beside it. Runs the
+    step without assigning anything.
     """
-    inputs = [*(v.name for v in graph.variables), *(f"feed {f.name!r}" for f in graph.feeds)]
-    for name, tensor in zip(inputs, [*variables, *feeds], strict=True):
-        if not _finite(tensor):
+    inputs = [*(f"the feed {f.name!r}" for f in graph.feeds), *(f"the variable {v.name!r}" for v in graph.variables)]
+    for name, tensor in zip(inputs, [*feeds, *variables], strict=True):
+        if _is_nan(tensor) or _is_infinite(tensor):
             return f"{name} is not finite to begin with ({_count(tensor)} of {tensor.numel()} values)"
+    search = _NonfiniteSearch(graph)
+    search.search(variables, feeds)
+    return "; then ".join(search.found)
 
-    def see(node: Node, value: Any) -> None:
-        # -inf is how attention masks say "never"; a node that only fills is not at fault.
-        bad = isinstance(value, Tensor) and not _finite(value) and node.all_input_nodes
-        if bad and (torch.isnan(value).any() or not _deliberate(node)):
-            raise NonFiniteError(f"{describe(node)}: {_count(value)} of {value.numel()} values")
 
-    try:
-        _interpret(graph, variables, feeds, see)
-    except NonFiniteError as error:
-        return str(error)
-    return ""
+class _Found(Exception):
+    """Ends a search."""
+
+
+class _NonfiniteSearch(Interpreter):
+    """Runs a graph until the first node that makes a NaN; notes the first that makes an infinity on the way."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__(graph.module)
+        self.found: list[str] = []
+        self._infinite: set[Node] = set()
+
+    def search(self, variables: Sequence[Tensor], feeds: Sequence[Tensor]) -> None:
+        with contextlib.suppress(_Found), torch.no_grad():
+            self.run(*variables, *feeds)
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n.op != "call_function":
+            return value
+        parts = [part for part in pytree.tree_leaves(value) if isinstance(part, Tensor)]
+        for part in parts:
+            # Inputs were free of NaN, or the search would have ended before.
+            if _is_nan(part):
+                self.found.append(f"{describe(n)} makes {_count(part)} of {part.numel()} values NaN or infinite")
+                raise _Found
+        if any(_is_infinite(part) for part in parts):
+            self._infinite.add(n)
+            if not self.found and not self._passed_on(n):
+                self.found.append(f"{describe(n)} makes {sum(map(_count, parts))} values infinite")
+        return value
+
+    def _passed_on(self, node: Node) -> bool:
+        """Whether an infinity came in: from another node, or as a number in the program (a mask's -inf)."""
+        constants = pytree.tree_leaves((node.args, node.kwargs))
+        return any(n in self._infinite for n in node.all_input_nodes) or any(
+            isinstance(c, float) and not math.isfinite(c) for c in constants
+        )
 
 
 def failing_node(graph: Graph, variables: Sequence[Tensor], feeds: Sequence[Tensor]) -> str | None:
@@ -116,14 +139,13 @@ def describe(node: Node) -> str:
     return f"node {node.name!r} ({node.target}, {origin.phase}{place})"
 
 
-def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+def _is_nan(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool(torch.isnan(tensor).any())
+
+
+def _is_infinite(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool(torch.isinf(tensor).any())
 
 
 def _count(tensor: Tensor) -> int:
     return int((~torch.isfinite(tensor)).sum())
-
-
-def _deliberate(node: Node) -> bool:
-    """Whether a node passes on infinities that a mask put there."""
-    return any(word in str(node.target) for word in ("masked_fill", "where", "full", "copy", "view", "expand", "add."))

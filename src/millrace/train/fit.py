@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from millrace.graph.training import Loss, UpdateRule, training_graph
 from millrace.optim.optimizer import Optimizer
 from millrace.train.callbacks import Callback, CallbackList
 from millrace.train.evaluation import Evaluator
+from millrace.train.journal import Journal
 from millrace.train.plan import Plan
 from millrace.train.progress import Progress
 from millrace.train.result import Result
 from millrace.train.run_directory import RunDirectory
+from millrace.train.saving import Place, Saver
 from millrace.train.trainer import Trainer
 
 
@@ -79,36 +82,49 @@ def fit(
         optimizer, plan = replace(optimizer, accumulate=plan.accumulate), replace(plan, accumulate=1)
     if isinstance(optimizer, Optimizer) and plan.schedule is not None:
         raise SettingError("schedule is for torch.optim; give a millrace optimizer its schedule as learning_rate=…")
+    if plan.early_stopping is not None and validation is None:
+        raise SettingError("early_stopping watches the evaluation: pass validation=…, the data to evaluate on")
     batches = as_batches(data, batch_size=batch_size, seed=plan.seed)
     held_out = None
     if validation is not None:
         held_out = as_batches(validation, batch_size=batch_size, shuffle=False, drop_last=False)
     if device is not None:
         _move(model, optimizer, device)
-    run = _run_directory(plan, config)
     model.train()
-    progress = Progress(_total_steps(plan, batches.batches_per_epoch), epochs=plan.epochs, enabled=plan.progress)
-    trainer = Trainer(
-        plan,
-        lambda batch: training_graph(
-            model,
-            loss,
-            optimizer,
-            batch,
-            precision=plan.precision,
-            schedule=plan.schedule,
-            accumulate=plan.accumulate,
-            seed=plan.seed,
-        ),
-        batches,
-        validation=held_out,
-        evaluator=Evaluator(model, loss, precision=plan.precision, compile=plan.compile, say=progress.message),
-        callbacks=CallbackList(callbacks),
-        run=run,
-        progress=progress,
-        started_s=started_s,
-    )
-    return trainer.run()
+    with _run_directory(plan, config) or nullcontext() as run:
+        saver, resumed = _saver(plan, run, validated=held_out is not None)
+        if resumed is not None:
+            batches.seek(resumed[0].position)
+        progress = Progress(
+            _total_steps(plan, batches.batches_per_epoch),
+            first_step=resumed[0].step if resumed else 0,
+            epochs=plan.epochs,
+            enabled=plan.progress,
+        )
+        evaluator = Evaluator(model, loss, precision=plan.precision, compile=plan.compile, say=progress.message)
+        trainer = Trainer(
+            plan,
+            lambda batch: training_graph(
+                model,
+                loss,
+                optimizer,
+                batch,
+                precision=plan.precision,
+                schedule=plan.schedule,
+                accumulate=plan.accumulate,
+                seed=plan.seed,
+            ),
+            batches,
+            evaluate=None if held_out is None else lambda: evaluator.means(held_out.one_pass()),
+            callbacks=CallbackList(callbacks),
+            journal=Journal(run, progress, log_every=plan.log_every),
+            run=run,
+            saver=saver,
+            resumed=resumed,
+            started_s=started_s,
+        )
+        with progress:
+            return trainer.run()
 
 
 def _plan(settings: Mapping[str, Any]) -> Plan:
@@ -128,6 +144,15 @@ def _run_directory(plan: Plan, config: Mapping[str, Any] | None) -> RunDirectory
         return RunDirectory.create(config=everything)
     path = Path(plan.run_dir).resolve()
     return RunDirectory.create(path.parent, path.name, everything, exist)  # type: ignore[arg-type]
+
+
+def _saver(plan: Plan, run: RunDirectory | None, *, validated: bool) -> tuple[Saver | None, tuple[Place, Path] | None]:
+    """The run's checkpoints, and where the newest one stood if the run is to go on."""
+    if run is None:
+        return None, None
+    keep_best = plan.keep_best if validated else 0
+    saver = Saver(run, keep_last=plan.keep_last, keep_best=keep_best, monitor=plan.monitor, mode=plan.mode)
+    return saver, saver.newest() if plan.resume else None
 
 
 def _total_steps(plan: Plan, per_epoch: int | None) -> int | None:

@@ -50,7 +50,7 @@ class Progress:
         self._epochs = epochs
         self._clock = clock
         self._display = _choose_display(console or Console(stderr=True)) if enabled else None
-        self._step = self._observed_step = first_step
+        self._step = self._observed_step = self._drawn_step = first_step
         self._examples = 0
         self._epoch: int | None = None
         self._values: Mapping[str, SupportsFloat] = {}
@@ -70,7 +70,7 @@ class Progress:
         if self._display is None:
             return
         try:
-            if error is None and self._step != self._observed_step:
+            if error is None and self._step != self._drawn_step:
                 self._draw(self._clock())  # the last state stays to be read
         finally:
             self._display.close()
@@ -136,6 +136,7 @@ class Progress:
             now_s - self._start_s,
         )
         self._display.draw(view)
+        self._drawn_step = self._step
         # Counted from the end of the drawing, so that a slow terminal cannot take all the time.
         self._next_draw_s = self._clock() + self._display.interval_s
 

@@ -1,0 +1,102 @@
+"""Where a run's figures go: metrics.jsonl, TensorBoard's events and the progress display."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+
+from torch import Tensor
+
+from millrace.graph.graph import Graph, info, spec_of
+from millrace.train.events import EventWriter, NodeView
+from millrace.train.metrics import RunningMeans
+from millrace.train.progress import Progress
+from millrace.train.run_directory import RunDirectory
+
+
+class Journal:
+    """Notes what a run measures. Without a run directory it only shows progress.
+
+    means: of the training loss and metrics when they were last logged.
+    """
+
+    def __init__(self, run: RunDirectory | None, progress: Progress, *, log_every: int) -> None:
+        self.means: dict[str, float] = {}
+        self._run = run
+        self._progress = progress
+        self._log_every = log_every
+        self._running = RunningMeans()
+        self._unlogged = 0
+        self._events: EventWriter | None = None
+
+    def begin(self, graph: Graph, resumed_step: int | None) -> None:
+        """Open the events: the graph goes in at the start of a run, not again when it is resumed."""
+        if self._run is None:
+            return
+        self._events = EventWriter(self._run.events, resume_step=resumed_step)
+        if resumed_step is None:
+            self._events.graph(node_views(graph))
+
+    def step(self, step: int, values: Mapping[str, Tensor]) -> None:
+        """Take in one step's loss and metrics; every `log_every` steps their means are logged."""
+        self._running.update(values)
+        self._unlogged += 1
+        if step % self._log_every == 0:
+            self.log(step)
+
+    def log(self, step: int) -> None:
+        """Log the means of the steps since the last time, if there were any."""
+        if not self._unlogged:
+            return
+        self.means = self._running.read()
+        self._running.reset()
+        self._unlogged = 0
+        self._write(step, self.means, {f"train/{name}": value for name, value in self.means.items()})
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Log and show what an evaluation found."""
+        named = {f"validation/{name}": value for name, value in values.items()}
+        self._write(step, named, named)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self._progress.message(f"step {step}: validation {shown}")
+
+    def show(self, step: int, values: Mapping[str, Tensor], *, examples: int, epoch: int) -> None:
+        """Move the progress display on."""
+        self._progress.update(step, values, examples=examples, epoch=epoch)
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Time that does not count in the rate."""
+        return self._progress.paused()
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+        self._progress.message(text)
+
+    def close(self) -> None:
+        """Close the events."""
+        if self._events is not None:
+            self._events.close()
+
+    def _write(self, step: int, values: Mapping[str, float], scalars: Mapping[str, float]) -> None:
+        if self._run is not None:
+            self._run.log(step, values)
+        if self._events is not None:
+            self._events.scalars(step, scalars)
+
+
+def node_views(graph: Graph) -> Iterator[NodeView]:
+    """The graph's nodes for TensorBoard's graph page."""
+    for node in graph.fx.nodes:
+        if node.op == "output":
+            continue
+        spec, origin = spec_of(node), info(node)
+        yield NodeView(
+            name=node.name,
+            op=str(node.target) if node.op == "call_function" else node.op,
+            inputs=tuple(n.name for n in node.all_input_nodes),
+            scope=origin.scope or origin.variable.replace("*", ""),
+            phase=str(origin.phase) if node.op == "call_function" else "forward",
+            shape=spec.shape if spec else None,
+            dtype=str(spec.dtype) if spec else None,
+            device=spec.device if spec else None,
+        )
