@@ -49,8 +49,8 @@ def values_in(given: Mapping[str, Any]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for prefix, value in given.items():
         if isinstance(value, nn.Module):
-            found.update({name: p for name, p in value.named_parameters(prefix)})
-            found.update({name: b for name, b in value.named_buffers(prefix)})
+            found.update(dict(value.named_parameters(prefix)))
+            found.update(dict(value.named_buffers(prefix)))
         elif isinstance(value, Tensor):
             found[prefix] = value
     names = {id(tensor): name for name, tensor in found.items()}

@@ -94,7 +94,9 @@ def feeds_of(graph: Graph, seed: int = 1) -> list[Tensor]:
     for feed in graph.feeds:
         floating = feed.spec.dtype.is_floating_point
         value = torch.randn(feed.spec.shape, generator=generator, dtype=torch.float64) if floating else None
-        found.append(torch.zeros(feed.spec.shape, dtype=feed.spec.dtype) if value is None else value.to(feed.spec.dtype))
+        found.append(
+            torch.zeros(feed.spec.shape, dtype=feed.spec.dtype) if value is None else value.to(feed.spec.dtype)
+        )
     return found
 
 
@@ -107,11 +109,16 @@ def run(graph: Graph, initial: Mapping[str, Tensor], feeds: Sequence[Tensor], st
     return fetched + variables
 
 
+def bits(tensor: Tensor) -> bytes:
+    """The bytes of a tensor's elements, row by row."""
+    plain = tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    return plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
 def equal_bits(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    """Whether two lists of tensors agree in dtype and every bit (so that NaN equals NaN)."""
+    """Whether two lists of tensors agree in shape, dtype and every bit (so that NaN equals NaN)."""
     return len(a) == len(b) and all(
-        x.dtype == y.dtype and x.shape == y.shape and x.numpy().tobytes() == y.numpy().tobytes()
-        for x, y in zip(a, b, strict=True)
+        (x.dtype, x.shape, bits(x)) == (y.dtype, y.shape, bits(y)) for x, y in zip(a, b, strict=True)
     )
 
 

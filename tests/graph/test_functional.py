@@ -18,6 +18,7 @@ from millrace.graph.functional import functionalize, renamed, rerun
 aten = torch.ops.aten
 Program = Callable[[Tensor, Tensor], Tensor]
 
+
 def _zero_row(live: list[Tensor], i: int, j: int) -> None:
     live[i][j % 3].zero_()
 

@@ -189,8 +189,8 @@ def test_language_model_with_dropout(make: Callable[[float], nn.Module]) -> None
     assert losses[0] == pytest.approx(own_loss(given[""], batch).item(), rel=0.3)
 
 
-# Image models of the timm library. Those with BatchNorm over few values are ill-conditioned: with larger rates or smaller
-# images, eager PyTorch itself ends elsewhere when its weights change by one part in 1e16.
+# Image models of the timm library. Those with BatchNorm over few values are ill-conditioned: with larger rates
+# or fewer images, eager PyTorch itself ends elsewhere when its weights change by one part in 1e16.
 
 
 @pytest.mark.parametrize(
@@ -357,4 +357,3 @@ def test_gradient_of_a_gradient() -> None:
         return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
 
     match_eager(*training(smooth, loss), labelled(16, 8, dtype=torch.float64))
-

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-
 from millrace.compile.eager import compile_eager
 from millrace.graph.check import check
 from millrace.graph.passes.prune import prune

@@ -22,7 +22,7 @@ class Artifact:
         self._inner = inner
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
-        return self._inner(*inputs)  # type: ignore[no-any-return]
+        return self._inner(*inputs)
 
     def save(self, path: Path) -> None:
         """Write one file that `load` reads in another process, without the model's code."""

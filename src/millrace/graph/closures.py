@@ -8,20 +8,22 @@ tensors it reaches outside of its arguments, and those are passed in as further 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch._higher_order_ops.partitioner
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from millrace.errors import TraceError
+from millrace.graph.random import REPLACEMENTS
+from millrace.graph.refusals import WHILE_WITH_GRADIENT, tensors_in, written_by
 
 Body = Callable[..., Any]
 
@@ -44,21 +46,31 @@ def call_without_closures(operator: HigherOrderOperator, arguments: Sequence[Any
         predicate, yes, no, operands = arguments
         flat, nest = pytree.tree_flatten(tuple(operands))
         lifted = _Lifting(name, [_nested(yes, nest), _nested(no, nest)], flat)
+        if lifted.nests[0] != lifted.nests[1]:
+            raise TraceError(f"the branches of cond return different structures: {lifted.nests[0]}, {lifted.nests[1]}")
         result = operator(predicate, *lifted.bodies, (*flat, *lifted.extra))
     elif name == "scan":
         body, init, xs, constants = arguments
         lifted = _Lifting(name, [body], [*init, *_first(xs), *constants])
         constants = (*constants, *lifted.extra)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors((init, xs, constants))):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_in((init, xs, constants))):
             init = [_differentiable(t) for t in init]
         result = operator(*lifted.bodies, init, xs, constants)
     elif name == "map_impl":
         body, xs, constants = arguments
         lifted = _Lifting(name, [body], [*_first(xs), *constants])
         result = operator(*lifted.bodies, xs, [*constants, *lifted.extra])
+    elif name == "while_loop":
+        test, body, carried, constants = arguments
+        lifted = _Lifting(name, [test, body], [*carried, *constants])
+        constants = (*constants, *lifted.extra)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_in((carried, constants))):
+            raise TraceError(WHILE_WITH_GRADIENT)
+        test, body = lifted.bodies
+        result = operator(lambda *flat: test(*flat)[0], body, carried, constants)
     else:
         return operator(*arguments)
-    return pytree.tree_unflatten(list(result), lifted.nest)
+    return pytree.tree_unflatten(list(result), lifted.nests[-1])
 
 
 def bodies_within(mode: TorchFunctionMode, arguments: Sequence[Any]) -> list[Any]:
@@ -122,19 +134,16 @@ def give_bodies_own_outputs(module: GraphModule) -> None:
 class _Lifting:
     """Bodies that take what they reach outside (`extra`) as their last arguments and return tuples of tensors.
 
-    `nest`: how what they returned was nested.
+    `nests`: how what each of them returned was nested.
     """
 
     def __init__(self, name: str, bodies: Sequence[Body], inputs: list[Any]) -> None:
         outside: dict[int, Tensor] = {}
-        nests = []
+        self.nests = []
         for body in bodies:
             watch = _watched(name, body, inputs)
             outside.update(watch.reached)
-            nests.append(watch.nest)
-        if any(nest != nests[0] for nest in nests):
-            raise TraceError(f"the branches of {name} return different structures: {nests[0]} and {nests[1]}")
-        self.nest = nests[0]
+            self.nests.append(watch.nest)
         self.extra = list(outside.values())
         self.bodies = [_Lifted(body, self.extra) for body in bodies]
         for lifted in self.bodies:
@@ -170,38 +179,30 @@ class _Watch(TorchDispatchMode):
         self.reached: dict[int, Tensor] = {}
         self.nest: Any = None
         # Kept alive, so that no identity is used twice.
-        self._known: dict[int, Tensor] = {id(t): t for t in _tensors(inputs)}
+        self._known: dict[int, Tensor] = {id(t): t for t in tensors_in(inputs)}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in REPLACEMENTS:
+            raise TraceError(
+                f"a random operator ({func}) stands inside the body of {self.name}, where the step's random stream "
+                "cannot be read. Draw outside the body and pass the numbers in."
+            )
         if func is not torch.ops.aten.lift_fresh.default:  # its argument is a literal of the body
-            for tensor in _tensors((args, kwargs)):
+            for tensor in tensors_in((*args, *kwargs.values())):
                 if id(tensor) not in self._known:
                     self.reached[id(tensor)] = tensor
-        for tensor in _written(func, args, kwargs):
+        for tensor in written_by(func, args, kwargs):
             if id(tensor) in self.reached:
                 raise TraceError(
                     f"the body of {self.name} changes a tensor from outside in place ({func}), for example a running "
                     "statistic of BatchNorm. Return the new value from the body and assign it outside."
                 )
         result = func(*args, **kwargs)
-        self._known.update({id(t): t for t in _tensors(result) if id(t) not in self.reached})
+        self._known.update({id(t): t for t in tensors_in((result,)) if id(t) not in self.reached})
         return result
-
-
-def _tensors(nest: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in pytree.tree_leaves(nest) if isinstance(leaf, Tensor))
-
-
-def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    if not isinstance(func, OpOverload) or not func._schema.is_mutable:
-        return
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            given = args[position] if position < len(args) else kwargs.get(argument.name)
-            yield from _tensors(given)
 
 
 class _Lifted:
@@ -216,7 +217,7 @@ class _Lifted:
         standing_in = {id(old): new for old, new in zip(self._outside, arguments[split:], strict=True)}
         with _Substituted(standing_in):
             result = self._body(*arguments[:split])
-        return _without_aliases(result, list(_tensors(arguments)))
+        return _without_aliases(result, list(tensors_in(arguments)))
 
 
 def _without_aliases(result: Any, inputs: list[Tensor]) -> tuple[Any, ...]:
@@ -225,7 +226,10 @@ def _without_aliases(result: Any, inputs: list[Tensor]) -> tuple[Any, ...]:
 
     def own(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
-            if any(torch._C._is_alias_of(leaf, other) for other in seen):
+            if any(
+                torch._C._is_alias_of(leaf, other)  # type: ignore[attr-defined]
+                for other in seen
+            ):
                 leaf = leaf.clone()
             seen.append(leaf)
         return leaf

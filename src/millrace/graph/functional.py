@@ -1,9 +1,9 @@
 """From a recording with mutations to one without.
 
 Most steps mutate in simple ways: an optimizer overwrites whole variables, BatchNorm its statistics, autograd adds into
-fresh tensors. Those are renamed here, node by node: after `x.add_(y)` every reader of `x` reads `add(x, y)`. Where views
-of the same memory are mutated and read later, torch's functionalization runs the recording once more instead; that is
-exact for everything, and takes as long as recording did.
+fresh tensors. Those are renamed here, node by node: after `x.add_(y)` every reader of `x` reads `add(x, y)`. Where
+views of the same memory are mutated and read later, torch's functionalization runs the recording once more instead;
+that is exact for everything, and takes as long as recording did.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class _Renaming:
         return GraphModule(self._recorded, self._graph, class_name="Step")
 
     def _now(self, node: Node) -> Node:
-        return self._cell[node].now  # type: ignore[no-any-return]
+        return self._cell[node].now
 
     def _copy(self, node: Node) -> Node:
         new = self._graph.node_copy(node, self._now)

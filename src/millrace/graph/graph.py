@@ -82,9 +82,7 @@ class Graph:
         for candidate in self.variables:
             if candidate.name == name:
                 return candidate
-        raise FetchError(
-            f"the graph has no variable {name!r}. {did_you_mean(name, [v.name for v in self.variables])}"
-        )
+        raise FetchError(f"the graph has no variable {name!r}. {did_you_mean(name, [v.name for v in self.variables])}")
 
     def placeholders(self) -> dict[str, Node]:
         """Variable and feed placeholders by their names in the signature (a feed as "feed:NAME")."""

@@ -116,9 +116,7 @@ def _gradient(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         torch.zeros_like(output) if gradient is None else gradient
         for gradient, output in zip(gradients[:3], outputs[:3], strict=True)
     ]
-    found = torch.ops.millrace.lstm_layer_backward(
-        x_TBI, list(weights), h_BH, c_BH, list(outputs), known, ctx.reverse
-    )
+    found = torch.ops.millrace.lstm_layer_backward(x_TBI, list(weights), h_BH, c_BH, list(outputs), known, ctx.reverse)
     return (*found, None)
 
 
@@ -126,7 +124,7 @@ lstm_layer.register_autograd(_gradient, setup_context=_save)
 
 
 def fits(arguments: Sequence[Any]) -> bool:
-    """Whether a call of `torch.lstm` is one that the kernel takes: padded batch, CPU, float32, biases, no projection."""
+    """Whether the kernel takes a call of `torch.lstm`: padded batch, CPU, float32, biases, no projection."""
     if len(arguments) != 9 or not isinstance(arguments[3], bool):
         return False  # the packed-sequence form
     x, state, weights, has_biases, layers, _, _, bidirectional, _ = arguments

@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from millrace.errors import TraceError
-
 aten = torch.ops.aten
 
 # int32 constants of lowbias32 and of Weyl's sequence (the golden ratio), as signed numbers.
@@ -97,15 +95,9 @@ class RandomStream:
         self.random = random
         self.draws = 0
         self.used = False
-        self.depth = 0  # > 0 inside the body of a loop or branch
 
     def unit(self, size: Sequence[int]) -> Tensor:
         """float32 in [0, 1)."""
-        if self.depth:
-            raise TraceError(
-                "a random operator stands inside the body of torch.cond, scan or map, where the step's random stream "
-                "cannot be read. Draw outside the body and pass the numbers in."
-            )
         self.draws += 1
         self.used = True
         return torch.ops.millrace.uniform(self.random, self.draws, list(size))

@@ -9,40 +9,36 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.fx.traceback as fx_traceback
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from millrace.errors import TraceError
 from millrace.graph.random import REPLACEMENTS, RandomStream
+from millrace.graph.refusals import (
+    Outsiders,
+    refuse_hidden_generator,
+    refuse_hidden_read,
+    refuse_unknown_size,
+    tensors_in,
+)
 from millrace.graph.signature import Phase
 from millrace.graph.stand_ins import stand_ins
+from millrace.graph.user_code import user_line
+from millrace.graph.variables import Holders
 
 # Keys under node.meta["custom"], which torch copies from node to node through every retracing.
 ORIGIN = "millrace_origin"
+# The attribute of a fake tensor that says at which line it was made.
+LINE = "millrace_line"
 
 aten = torch.ops.aten
-
-_HERE = str(Path(__file__).resolve().parent.parent) + os.sep
-_TORCH = str(Path(torch.__file__).resolve().parent) + os.sep
-_HIDDEN_READS = {
-    torch.ops.aten._local_scalar_dense.default: "reads a tensor's value into Python (`.item()`, `float(t)`, `if t:`)",
-    torch.ops.aten.nonzero.default: "makes a tensor whose size depends on values (`nonzero`, `x[mask]`, `where(mask)`)",
-    torch.ops.aten.masked_select.default: "makes a tensor whose size depends on values (`masked_select`)",
-    torch.ops.aten._unique2.default: "makes a tensor whose size depends on values (`unique`)",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +62,14 @@ class Recorder(TorchDispatchMode):
     def is_infra_mode(cls) -> bool:
         return True
 
-    def __init__(self, scopes: Mapping[int, str], random: RandomStream) -> None:
+    def __init__(self, holders: Holders, random: RandomStream) -> None:
         super().__init__()
         self.random = random
-        self._scopes = dict(scopes)
+        self._scopes = holders.scopes()
+        self._outsiders = Outsiders(
+            {id(slot.tensor): name for name, slot in holders.slots.items()},
+            [state.optimizer for state in holders.optimizers.values()],
+        )
         self._stack: list[str] = []
         self._updating = 0
         self._forward_of: dict[int, Origin] = {}
@@ -104,14 +104,15 @@ class Recorder(TorchDispatchMode):
         if self._stack:
             self._stack.pop()
 
-    def _start_update(self, *_: Any) -> None:
+    def _start_update(self, optimizer: Optimizer, *_: Any) -> None:
+        self._outsiders.refuse_optimizer(optimizer)
         self._updating += 1
 
     def _end_update(self, *_: Any) -> None:
         self._updating -= 1
 
     def _origin(self) -> Origin:
-        node = torch._C._current_autograd_node()
+        node: Any = torch._C._current_autograd_node()  # None outside of the backward pass
         if node is not None:
             known = self._forward_of.get(node._sequence_nr(), Origin())
             if self._stack:  # recomputation of a checkpointed module
@@ -122,7 +123,7 @@ class Recorder(TorchDispatchMode):
         inside = bool(self._stack)
         origin = Origin(self._stack[-1] if inside else "", Phase.FORWARD if inside else None, user_line(), inside)
         # Autograd has just made the node of this operator, if it needs one: the newest number is its.
-        self._forward_of.setdefault(torch.autograd._get_sequence_nr() - 1, origin)
+        self._forward_of.setdefault(torch._C._autograd._get_sequence_nr() - 1, origin)
         return origin
 
     def __torch_dispatch__(
@@ -131,69 +132,26 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         self.last = origin = self._origin()
         fx_traceback.current_meta["custom"] = {ORIGIN: origin}
+        if origin.phase is not Phase.BACKWARD:
+            self._outsiders.refuse(func, args, kwargs, where(origin))
         if func is aten.native_batch_norm.default and args[5] and args[3] is not None:
             # In training it changes the running statistics behind its schema's back; this one says so.
-            return aten._native_batch_norm_legit.default(*args, **kwargs)
+            with self:
+                return aten._native_batch_norm_legit.default(*args, **kwargs)
         if func in REPLACEMENTS and kwargs.get("generator") is None:
             replacement: Callable[..., Any] = REPLACEMENTS[func]
             with self:  # its operators are recorded, too
                 return replacement(self.random, *args, **kwargs)
-        if func in REPLACEMENTS:
-            raise TraceError(
-                f"{where(origin)}`{func}` draws from a torch.Generator of its own, whose state a graph cannot hold. "
-                "Leave the `generator` argument out: the step's own stream is used, seeded by `seed`."
-            )
-        if isinstance(func, torch._ops.HigherOrderOperator):
-            self.random.depth += 1
-            try:
-                return func(*args, **kwargs)
-            finally:
-                self.random.depth -= 1
-        if func in _HIDDEN_READS and not _constant(args):
-            raise TraceError(
-                f"{where(origin)}this {_HIDDEN_READS[func]}, and a graph is made before values exist.\n"
-                "  Ways out: return the tensor from the step and read it after `run`; use torch.where for a choice "
-                "between values, torch.cond for a branch, millrace.graph.scan for a loop; use a mask instead of a "
-                "selection of unknown size."
-            )
-        return func(*args, **kwargs)
-
-
-def _constant(args: tuple[Any, ...]) -> bool:
-    """Whether the first argument's value is known while tracing (a literal made inside the step)."""
-    return bool(args) and isinstance(args[0], Tensor) and getattr(args[0], "constant", None) is not None
+        refuse_hidden_generator(func, args, kwargs, where(origin))
+        refuse_hidden_read(func, args, where(origin))
+        result = func(*args, **kwargs)
+        refuse_unknown_size(result, where(origin))
+        for tensor in tensors_in((result,)):
+            setattr(tensor, LINE, origin.line)
+        return result
 
 
 def where(origin: Origin) -> str:
-    """"file.py:12 in forward (module encoder.fc): ", as far as known."""
+    """ "file.py:12 in forward (module encoder.fc): ", as far as known."""
     module = f" (module {origin.scope})" if origin.scope else ""
     return f"{origin.line}{module}: " if origin.line else ""
-
-
-_owned: dict[str, bool] = {}
-
-
-def is_users(filename: str) -> bool:
-    """Whether a source file belongs to the user rather than to torch, millrace or Python itself."""
-    known = _owned.get(filename)
-    if known is None:
-        library = filename.startswith((_TORCH, _HERE, "<frozen", "<string>", "<eval")) or "/lib/python3" in filename and (
-            "site-packages" not in filename
-        )
-        known = _owned[filename] = not library
-    return known
-
-
-def user_line() -> str:
-    """The innermost frame of the user's code: "model.py:31 in forward"; "" when there is none."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if is_users(code.co_filename):
-            return f"{os.path.relpath(code.co_filename) if _near(code.co_filename) else code.co_filename}:{frame.f_lineno} in {code.co_name}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return ""
-
-
-def _near(filename: str) -> bool:
-    return filename.startswith(os.getcwd() + os.sep)

@@ -30,6 +30,8 @@ from millrace.graph.signature import Feed, Role, TensorSpec, Variable
 
 FORMAT = "millrace-graph"
 VERSION = "1"
+# What making a graph of a document of another form can end in (SyntaxError: in the code that torch.fx generates).
+_UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError, SyntaxError)
 
 
 def save_graph(graph: Graph, path: str | os.PathLike[str]) -> None:
@@ -66,8 +68,8 @@ def load_graph(path: str | os.PathLike[str]) -> Graph:
         document = json.loads(metadata["graph"])
         return check(_decode(document, tensors))
     except GraphError as error:
-        raise GraphError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError) as error:
+        raise GraphError(f"{path}, written with torch {metadata.get('torch')}: {error}") from error
+    except _UNREADABLE as error:
         raise GraphError(f"{path} does not describe a graph: {type(error).__name__}: {error}") from error
 
 

@@ -18,7 +18,9 @@ import torch.nn.modules.transformer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from millrace.errors import TraceError
 from millrace.graph.random import RandomStream
+from millrace.graph.user_code import user_line
 
 ATTENTION = F.scaled_dot_product_attention
 # Positions of arguments: (query, key, value, mask, dropout, …) and (weight, indices, offsets, scale, mode, sparse, …).
@@ -32,6 +34,7 @@ def stand_ins(random: RandomStream) -> Iterator[None]:
     replaced: list[tuple[Any, str, Callable[..., Any]]] = [
         *_generator_state(random),
         (torch, "compile", _compile),
+        (torch, "manual_seed", _manual_seed),
         (torch, "embedding", _embedding),
         (torch, "embedding_bag", _embedding_bag),
         (F, "scaled_dot_product_attention", attention),
@@ -78,6 +81,13 @@ def _compile(model: Any = None, **_: Any) -> Any:
     return model if model is not None else lambda function: function
 
 
+def _manual_seed(seed: int) -> Any:
+    raise TraceError(
+        f"{user_line()}: torch.manual_seed inside the step would draw the same numbers in every step. Leave it out: "
+        'the step\'s own random stream is the variable "random", seeded by `seed`, and the same seed repeats a run.'
+    )
+
+
 _original_embedding, _original_embedding_bag = torch.embedding, torch.embedding_bag
 
 
@@ -104,5 +114,5 @@ def attention(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def _is_causal(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
-    """nn.Transformer compares the mask's values with a causal one's. It is a hint for speed: the mask is used anyway."""
+    """nn.Transformer compares the mask's values with a causal one's, for speed alone: the mask is used anyway."""
     return is_causal is True

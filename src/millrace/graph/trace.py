@@ -24,12 +24,11 @@ from millrace.graph.finish import finish
 from millrace.graph.functional import functionalize
 from millrace.graph.graph import Graph
 from millrace.graph.random import RandomStream, new_random
-from millrace.graph.recorder import Recorder
+from millrace.graph.recorder import LINE, Recorder
 from millrace.graph.replace_calls import ReplacedCalls
 from millrace.graph.signature import Feed, Role, TensorSpec, Variable
-from millrace.graph.trace_errors import explained
+from millrace.graph.trace_errors import at_the_call, explained
 from millrace.graph.variables import Holders
-
 
 Step = Callable[[dict[str, Any], Any], Any]
 RANDOM = "random"
@@ -53,8 +52,9 @@ def trace(step: Step, variables: Mapping[str, Any], feed: Any, *, seed: int = 0)
 
     Raises: TraceError naming the user's line when the step cannot be one graph.
     """
-    holders = Holders(variables)
-    leaves, tree = flatten_feed(feed)
+    with at_the_call():
+        holders = Holders(variables)
+        leaves, tree = flatten_feed(feed)
     device = _device(holders, leaves)
     random = new_random(seed).to(device)
     slots = dict(holders.slots)
@@ -71,9 +71,9 @@ def trace(step: Step, variables: Mapping[str, Any], feed: Any, *, seed: int = 0)
             for name, tensor in zip(slots, own, strict=False)
         }
         stream = RandomStream(own[-1])
-        recorder = Recorder(holders.scopes(), stream)
+        recorder = Recorder(holders, stream)
         batch = pytree.tree_unflatten(list(fed), tree)
-        with holders.standing_in(leaves_of) as view, explained(recorder):
+        with holders.standing_in(leaves_of) as view, explained(recorder, step):
             with recorder.recording(), ReplacedCalls():
                 result = step(view, batch)
                 fetched = flatten_fetches(result)
@@ -164,9 +164,10 @@ def _key(entry: Any) -> str:
 
 def _check_update(name: str, new: Any, old: Tensor) -> None:
     if not isinstance(new, Tensor) or new.shape != old.shape or new.dtype != old.dtype:
-        got = f"{new.dtype}{list(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
+        expected, got = TensorSpec.of(old), TensorSpec.of(new) if isinstance(new, Tensor) else type(new).__name__
+        line = getattr(new, LINE, "")
         raise TraceError(
-            f"variable {name!r} is {old.dtype}{list(old.shape)}, but the step gives it {got}. "
+            f"{line}{': ' if line else ''}variable {name!r} is {expected}, but the step gives it {got}. "
             "A variable keeps its shape and dtype."
         )
 
@@ -177,5 +178,3 @@ def _device(holders: Holders, leaves: Mapping[str, Tensor]) -> torch.device:
     for leaf in leaves.values():
         return leaf.device
     return torch.device("cpu")
-
-

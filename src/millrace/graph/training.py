@@ -69,7 +69,7 @@ def training_graph(
     """
     if precision not in PRECISIONS:
         raise TraceError(f"precision {precision!r}: expected one of {sorted(PRECISIONS)}")
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise TraceError("the model has no parameter that requires a gradient, so there is nothing to train")
     device = next(iter(parameters.values())).device
@@ -90,10 +90,9 @@ def training_graph(
     def step(v: dict[str, Any], feed: Any) -> dict[str, Tensor]:
         with _in_modes(modes), _autocast(device, precision):
             value, metrics = split_loss(loss(model, feed))
-        current = {name: p for name, p in model.named_parameters() if name in parameters}
-        gradients = dict(
-            zip(current, torch.autograd.grad(value, list(current.values()), allow_unused=True), strict=True)
-        )
+        current: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if name in parameters}
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(value, list(current.values()), allow_unused=True)
+        gradients = dict(zip(current, found, strict=True))
         with torch.no_grad():
             if isinstance(optimizer, Optimizer):
                 _torch_update(v, optimizer, current, gradients, schedule, accumulate)

@@ -54,7 +54,7 @@ def _repeat(session: Session, checkpoints: Checkpoints, batches: Batches, step: 
         return None
     found = checkpoints.load()
     session.restore(found.path / VARIABLES)
-    batches.seek(found.extra["position"])  # type: ignore[arg-type]
+    batches.seek(found.extra["position"])
     now = found.step
     for batch in batches.until(batches=step):
         now += 1

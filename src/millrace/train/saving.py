@@ -12,6 +12,7 @@ from torch import Tensor
 
 from millrace.runtime.checkpoint import VARIABLES, Checkpoints
 from millrace.runtime.commit import Digest
+from millrace.runtime.manifest import Json
 from millrace.runtime.save_nodes import SAVE
 from millrace.runtime.session import Session
 from millrace.runtime.shard import verify
@@ -73,7 +74,7 @@ class Saver:
         if self._last == (place.step, place.evaluated_step):
             return None
         self._session = session
-        extra = {
+        extra: dict[str, Json] = {
             "position": place.position,
             "evaluated_step": place.evaluated_step,
             "evaluation": dict(place.evaluation),

@@ -60,7 +60,8 @@ class Trainer:
         self._journal = journal
         self._run = run
         self._saver = saver
-        self._place, self._restored = resumed or (Place(0, batches.position()), None)
+        self._place = resumed[0] if resumed else Place(0, batches.position())
+        self._restored = resumed[1] if resumed else None
         self._session: Session | None = None
         self._fetches: list[str] = []
         self._signals = Interruptible()

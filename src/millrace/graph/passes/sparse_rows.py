@@ -21,9 +21,7 @@ aten = torch.ops.aten
 
 def sparse_rows(graph: Graph) -> Graph:
     """Rewrite every such update; the graph itself when there is none."""
-    candidates = {
-        variable: name for variable, name in graph.updates.items() if _match(graph.node(name)) is not None
-    }
+    candidates = {variable: name for variable, name in graph.updates.items() if _match(graph.node(name)) is not None}
     if not candidates:
         return graph
     module, mapping = copy_module(graph.module)
@@ -45,15 +43,16 @@ def _match(update: Node) -> tuple[Node, Node | float, float] | None:
     """(dense gradient, scale, sign) of an update `p + sign * (gradient * scale)`; None for any other."""
     if not isinstance(update.args[0], Node) or update.args[0].op != "placeholder":
         return None
+    arguments: tuple[Any, ...] = update.args
     if update.target is aten.addcmul.default and not update.kwargs:
-        factors, sign = update.args[1:], 1.0
+        factors, sign = arguments[1:], 1.0
     elif update.target in (aten.add.Tensor, aten.sub.Tensor):
-        change = update.args[1]
+        change: Any = arguments[1]
         sign = 1.0 if update.target is aten.add.Tensor else -1.0
         factors = (change, update.kwargs.get("alpha", 1.0))
         scaled = isinstance(change, Node) and change.target is aten.mul.Tensor and len(change.users) == 1
         if scaled and not update.kwargs:
-            factors = change.args  # type: ignore[union-attr]
+            factors = change.args
     else:
         return None
     gradient, scale = factors if _is_dense_gradient(factors[0]) else reversed(factors)

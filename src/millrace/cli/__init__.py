@@ -1,0 +1,1 @@
+"""The command line: a thin layer over the zoo. One file per command; `main` finds and calls it."""

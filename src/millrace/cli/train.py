@@ -1,0 +1,110 @@
+"""`millrace train`: train a task, or go on with a run."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+from millrace.cli.arguments import RUN_HELP, add_device, add_json, add_settings, parser, print_json
+from millrace.errors import MillraceError, SettingError
+from millrace.train.callbacks import Callback, RunView
+from millrace.zoo.registry import check_name
+from millrace.zoo.run import Finished, configure, configure_again, find_run, train
+
+_DESCRIPTION = """\
+Train a task of the zoo, or go on with a run that was interrupted, was killed, or is to get longer.
+
+While it runs, the progress is on standard error; Ctrl-C saves the run and says how to go on. At the end the model is
+evaluated on test data that training never saw."""
+
+_EXAMPLES = """
+millrace train digits
+millrace train digits --set epochs=5 --set seed=1 --json
+millrace train chars --device cuda --set precision=bfloat16
+millrace train --resume latest
+millrace train --resume runs/digits-20260101-120000-abcd --set epochs=60     train on, for longer"""
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, train, print."""
+    options = parser("train", _DESCRIPTION, _EXAMPLES)
+    options.add_argument("task", nargs="?", metavar="TASK", help="one of `millrace tasks`; left out with --resume")
+    add_settings(options)
+    options.add_argument("--resume", metavar="RUN", help=f"go on with {RUN_HELP}")
+    options.add_argument("--run-dir", metavar="DIR", help="the run's own directory (default: a new one under runs/)")
+    add_device(options)
+    add_json(options)
+    options.add_argument("--quiet", action="store_true", help="show no progress")
+    given = options.parse_args(arguments)
+    if given.resume is None and given.task is None:
+        options.error("a TASK is needed (`millrace tasks` lists them), or --resume RUN")
+    if given.task is not None:
+        check_name(given.task)
+    resumed = None
+    if given.resume is None:
+        task = configure(given.task, given.assignments)
+    else:
+        if given.run_dir is not None:
+            options.error("--run-dir is for new runs; --resume RUN goes on in RUN")
+        resumed = find_run(given.resume)
+        task = configure_again(resumed, given.assignments)
+        if given.task not in (None, task.name()):
+            raise SettingError(
+                f"{resumed.path} is a run of {task.name()!r}, not of {given.task!r}: leave the task out."
+            )
+    watcher = _Watcher(quiet=given.quiet)
+    try:
+        finished = train(
+            task,
+            device=given.device,
+            run_dir=given.run_dir or True,
+            resume=resumed,
+            progress=not given.quiet,
+            callbacks=[watcher],
+        )
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(watcher.interrupted()) from interrupt
+    except MillraceError as error:
+        if watcher.directory is not None:
+            error.add_note(f"The run is in {watcher.directory}; to go on from its last checkpoint: {watcher.command()}")
+        raise
+    _print(finished, task.metric)
+    if given.json:
+        print_json(finished.summary(task.name()))
+
+
+class _Watcher(Callback):
+    """Says where the run is when it begins, and remembers it for the end."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.directory: Path | None = None
+        self.saved_step: int | None = None
+        self._quiet = quiet
+
+    def on_start(self, run: RunView) -> None:
+        self.directory = run.directory
+        if not self._quiet:
+            print(f"run directory: {run.directory}", file=sys.stderr)
+
+    def on_checkpoint(self, run: RunView, step: int, path: Path) -> None:
+        self.saved_step = step
+
+    def command(self) -> str:
+        """What goes on with the run."""
+        return f"millrace train --resume {shlex.quote(str(self.directory))}"
+
+    def interrupted(self) -> str:
+        """What to say after Ctrl-C."""
+        if self.directory is None or self.saved_step is None:
+            return "interrupted before the first step; nothing was trained"
+        return f"interrupted; the run is saved at step {self.saved_step}. To go on:\n  {self.command()}"
+
+
+def _print(finished: Finished, metric: str) -> None:
+    result = finished.result
+    if finished.report:
+        print(finished.report)
+    others = ", ".join(f"{name} {value:.4g}" for name, value in finished.test.items() if name != metric)
+    print(f"test {metric.replace('_', ' ')} {finished.test[metric]:.4f}" + (f" ({others})" if others else ""))
+    print(f"{result.steps} steps in {result.train_s:.1f} s; the run is in {result.run_dir}")

@@ -1,0 +1,243 @@
+"""A task's runs: train one, go on with one, and open what one has left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from millrace.data.batches import Json
+from millrace.errors import CheckpointError, RunDirectoryError, SettingError
+from millrace.graph.graph import Graph
+from millrace.graph.training import training_graph
+from millrace.runtime.checkpoint import Checkpoints
+from millrace.train.atomic_file import encode_json, write_atomically
+from millrace.train.callbacks import Callback
+from millrace.train.fit import fit
+from millrace.train.result import Result
+from millrace.train.run_directory import RunDirectory
+from millrace.zoo.base import Facts, Task, TaskData
+from millrace.zoo.registry import load
+from millrace.zoo.settings import (
+    Settings,
+    parse_settings,
+    refuse_changes_on_resume,
+    settings_from_json,
+    settings_to_json,
+)
+
+RUNS = Path("runs")
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that came to its end."""
+
+    result: Result
+    test: Mapping[str, float]  # loss and metrics on the data that training never saw
+    report: str
+
+    def summary(self, task: str) -> dict[str, Json]:
+        """Everything in figures, as kept in result.json: "test_accuracy", "steps", "train_s", "run_dir", …"""
+        result = self.result
+        return {
+            "task": task,
+            **{f"test_{name}": value for name, value in self.test.items()},
+            **{f"validation_{name}": value for name, value in result.evaluation.items()},
+            "steps": result.steps,
+            "epochs": result.epochs,
+            "train_s": round(result.train_s, 3),
+            "first_step_s": round(result.first_step_s, 3),
+            "tier": result.tier,
+            "run_dir": str(result.run_dir),
+        }
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A trained model, as its run directory has it."""
+
+    task: Task[Any]
+    model: nn.Module  # in evaluation mode
+    facts: Facts
+    step: int
+    path: Path
+
+
+def configure(name: str, assignments: Sequence[str]) -> Task[Any]:
+    """A task by its name, with settings from texts such as "epochs=3".
+
+    Raises:
+        SettingError: an unknown task or setting (with the near names), or a value that does not fit.
+    """
+    task = load(name)
+    return task(parse_settings(task.settings_type(), assignments))
+
+
+def configure_again(run: RunDirectory, assignments: Sequence[str] = ()) -> Task[Any]:
+    """The task of a run that is there, with the settings it was started with, and harmless changes to them.
+
+    Raises:
+        SettingError: a change that a run cannot make half-way.
+        RunDirectoryError: the run is not a task's.
+    """
+    config = run.config
+    if "task" not in config or "settings" not in config:
+        raise RunDirectoryError(
+            f"{run.path} is no run of a task: its config.json lacks 'task' or 'settings', as after fit(…) in Python. "
+            "Go on with it from there: fit(…, run_dir=…, resume=True)."
+        )
+    task = load(str(config["task"]))
+    before: Settings = settings_from_json(task.settings_type, config["settings"])
+    after = parse_settings(before, assignments)
+    refuse_changes_on_resume(before, after)
+    return task(after)
+
+
+def train(
+    task: Task[Any],
+    *,
+    device: str | None = None,
+    run_dir: str | Path | bool = True,
+    resume: RunDirectory | None = None,
+    progress: bool = True,
+    callbacks: Sequence[Callback] = (),
+) -> Finished:
+    """Train a task, evaluate it on its test data, and leave result.json in the run directory.
+
+    Args:
+        task: from `configure`, or `configure_again` to resume.
+        device: such as "cuda"; None takes CUDA where there is one.
+        run_dir: a new run's own directory; True makes one under runs/.
+        resume: the run to go on with, instead.
+        progress: show how far it is, on stderr.
+        callbacks: beside the task's own.
+
+    Raises: as `millrace.train.fit.fit`.
+    """
+    settings = task.settings
+    device = checked_device(device)
+    data = task.data(None if resume is None else resume.config.get("facts"))
+    torch.manual_seed(settings.seed)
+    model = task.model(data.facts)
+    config = {"task": task.name(), "settings": settings_to_json(settings), "facts": data.facts, "device": device}
+    result = fit(
+        model,
+        data.train,
+        loss=task.loss,
+        optimizer=task.optimizer(model, total_steps(settings, data)),
+        validation=data.validation,
+        callbacks=[*task.callbacks(model, data), *callbacks],
+        device=device,
+        config=config,
+        monitor=task.metric,
+        mode=task.better,
+        run_dir=run_dir if resume is None else resume.path,
+        resume=resume is not None,
+        progress=progress,
+        **_fit_settings(settings),
+    )
+    model.eval()
+    finished = Finished(result, task.evaluate(model, data.test), task.report(model, data))
+    if result.run_dir is not None:
+        write_atomically(result.run_dir / RESULT, encode_json(finished.summary(task.name())))
+    return finished
+
+
+def step_graph(task: Task[Any]) -> Graph:
+    """The graph of one training step of a task, as `train` would run it on a CPU."""
+    data = task.data()
+    torch.manual_seed(task.settings.seed)
+    model = task.model(data.facts)
+    model.train()
+    batch = next(iter(data.train))
+    data.train.close()
+    optimizer = task.optimizer(model, total_steps(task.settings, data))
+    return training_graph(model, task.loss, optimizer, batch, precision=task.settings.precision)
+
+
+def find_run(name: str) -> RunDirectory:
+    """The run that a person means: a path, a name under runs/, or "latest".
+
+    Raises:
+        SettingError: there is none; the message suggests the near names.
+    """
+    try:
+        return RunDirectory.find(name, RUNS)
+    except RunDirectoryError as error:
+        raise SettingError(str(error)) from error
+
+
+def open_run(run: RunDirectory, device: str | None = None) -> Opened:
+    """The model of a run with the weights of its newest good checkpoint; the run may still be going on.
+
+    Raises:
+        CheckpointError: there is none, or it is of another model.
+        RunDirectoryError: the run is not a task's.
+    """
+    task = configure_again(run)
+    facts = run.config.get("facts", {})
+    model = task.model(facts)
+    checkpoint = Checkpoints(run.checkpoints).load()
+    _fill(model, checkpoint.tensors, checkpoint.path)
+    model.to(checked_device(device))
+    return Opened(task, model.eval(), facts, checkpoint.step, run.path)
+
+
+def test_values(opened: Opened) -> dict[str, float]:
+    """Loss and metrics of an opened run's model on the test data."""
+    return opened.task.evaluate(opened.model, opened.task.data(opened.facts).test)
+
+
+def checked_device(name: str | None) -> str:
+    """The device to use: the one named, or else CUDA where there is one.
+
+    Raises:
+        SettingError: this machine, or this torch, has no such device.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # an assertion where torch was built without CUDA
+        reason = str(error).partition("\n")[0]
+        raise SettingError(f"The device {name!r} cannot be used: {reason}. Name another, such as cpu.") from error
+    return name
+
+
+def total_steps(settings: Settings, data: TaskData) -> int:
+    """How many steps the settings ask for.
+
+    Raises:
+        SettingError: they set no end, or count epochs of data that has none.
+    """
+    per_epoch = data.train.batches_per_epoch
+    by_epochs = settings.epochs * per_epoch if settings.epochs and per_epoch else None
+    asked = [steps for steps in (settings.steps, by_epochs) if steps is not None]
+    if not asked:
+        raise SettingError("The run needs an end: set steps or epochs (--set steps=1000); both are none now.")
+    return min(asked)
+
+
+def _fit_settings(settings: Settings) -> dict[str, Any]:
+    """The settings that are `fit`'s own."""
+    common = (field for field in Settings.__dataclass_fields__ if field != "batch_size")
+    return {name: getattr(settings, name) for name in common}
+
+
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Copy a checkpoint's variables into a module's tensors of the same names."""
+    for name, own in [*model.named_parameters(), *model.named_buffers()]:
+        saved = tensors.get(name)
+        if saved is None or saved.shape != own.shape:
+            got = "nothing" if saved is None else f"shape {list(saved.shape)}"
+            raise CheckpointError(
+                f"The checkpoint {path} does not fit the model: {name!r} has shape {list(own.shape)} there, and the "
+                f"checkpoint has {got}. Use the version of the task that the run was made with (environment.json)."
+            )
+        own.data.copy_(saved)
