@@ -4,147 +4,116 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from catalogue import OURS, TORCH
-from driver import Race, Samples
+from bench.catalogue import GROUPS, OURS
+from bench.race import Race, Samples
+
+Figure = dict[str, Any]
 
 # Largest accepted relative difference from eager PyTorch's loss after the checked steps. It is what rounding and other
 # orders of summation make of AdamW's first steps, which divide by the root of tiny gradients.
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-2}
 
 
-def step_time_figures(race: Race) -> list[dict[str, Any]]:
-    """One figure for each of our ways to run the workload: how many times as fast as every peer.
-
-    A ratio is the median, over the rounds, of peer's time / our time in the same round; above 1 we are faster.
-    """
-    return [_step_time_figure(race, ours) for ours in race.samples.values() if ours.spec.kind == OURS]
-
-
-def _step_time_figure(race: Race, ours: Samples) -> dict[str, Any]:
-    others = {name: sample for name, sample in race.samples.items() if sample.spec.kind != OURS}
-    ratios = {name: paired_ratio(sample.step_s, ours.step_s) for name, sample in others.items()}
-    best = best_torch(race)
-    agreement = losses_agree(race)
-    return {
-        "name": f"step_time/{race.workload.name}/{race.precision}/{ours.spec.name}",
-        "ratio": ratios[best]["median"] if best else None,
-        "best_torch": best,
-        "ratios": ratios,
-        "peers": {name: _seen(sample) for name, sample in {ours.spec.name: ours, **others}.items()},
-        "losses_agree": agreement[ours.spec.name],
-        "disagreeing": sorted(name for name, agrees in agreement.items() if not agrees),
-        "failed": race.failed,
-        "workload": race.workload.title,
-        "precision": race.precision,
-        "check_steps": race.workload.check_steps,
-        "steps_per_turn": race.steps_per_turn,
-        "rounds": race.settings.rounds,
-        "threads": race.settings.threads,
-        "device": race.settings.device,
-        "versions": versions_of(race.samples.values()),
-    }
-
-
 def paired_ratio(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles of theirs / ours, round by round."""
+    """Median and quartiles of theirs / ours, round by round: above 1, ours took less."""
     return spread([a / b for a, b in zip(theirs, ours, strict=True)])
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
+    """Median and quartiles; NaN of nothing."""
     if len(values) < 2:
-        return {"median": values[0], "low": values[0], "high": values[0]} if values else {"median": math.nan}
+        only = values[0] if values else math.nan
+        return {"median": only, "low": only, "high": only}
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": middle, "low": low, "high": high}
 
 
-def best_torch(race: Race) -> str | None:
-    """The PyTorch peer with the smallest median time."""
-    medians = {n: statistics.median(s.step_s) for n, s in race.samples.items() if s.spec.kind == TORCH and s.step_s}
-    return min(medians, key=medians.__getitem__) if medians else None
+def step_figure(race: Race) -> Figure:
+    """Of one race: how many times as fast as each group of peers every way of ours is, and everybody's memory.
 
-
-def losses_agree(race: Race) -> dict[str, bool]:
-    """For every peer, whether its loss after the checked steps is the reference's.
-
-    The reference is eager PyTorch where it ran, else the first peer.
+    A ratio is the median, over the rounds, of a peer's time per step / ours in the same round. The peer is the fastest
+    variant of its group, among those with no more steps per call than ours.
     """
-    if not race.samples:
-        return {}
-    reference = race.samples.get("eager") or next(iter(race.samples.values()))
-    wanted = reference.ready["loss"]
-    tolerance = LOSS_TOLERANCE[race.precision]
-    return {n: abs(s.ready["loss"] - wanted) <= tolerance * abs(wanted) for n, s in race.samples.items()}
+    ratios: dict[str, dict[str, Any]] = {}
+    for ours in (s for s in race.samples.values() if s.spec.group == OURS):
+        ratios[ours.spec.name] = {}
+        for group in GROUPS:
+            theirs = fastest(race.samples.values(), group, ours.spec.steps_per_call)
+            if theirs is not None:
+                ratio = paired_ratio(theirs.seconds, ours.seconds)
+                ratios[ours.spec.name][group] = {**ratio, "variant": theirs.spec.name}
+    peers = {name: _seen(s) | {"memory": memory_of(s.memory)} for name, s in race.samples.items()}
+    return {**_heading("step", race), "ratios": ratios, "peers": peers}
 
 
-def memory_figure(race: Race, ours: Samples) -> dict[str, Any]:
-    """Our peak memory over each peer's, while stepping; below 1 we need less."""
-    peaks = {name: memory_of(sample) for name, sample in race.samples.items()}
-    mine = peaks[ours.spec.name]
-    others = {n: p for n, p in peaks.items() if race.samples[n].spec.kind != OURS}
-    return {
-        "name": f"memory/{race.workload.name}/{race.precision}/{ours.spec.name}",
-        "ratio": mine["steps_bytes"] / others["eager"]["steps_bytes"] if "eager" in others else None,
-        "ratios": {name: mine["steps_bytes"] / peak["steps_bytes"] for name, peak in others.items()},
-        "peers": {ours.spec.name: mine, **others},
-        "losses_agree": losses_agree(race)[ours.spec.name],
-        "failed": race.failed,
-        "workload": race.workload.title,
-        "precision": race.precision,
-        "threads": race.settings.threads,
-        "device": race.settings.device,
-        "versions": versions_of(race.samples.values()),
-    }
+def first_step_figure(race: Race) -> Figure:
+    """Of one workload's fresh starts: everybody's seconds to the end of the first step."""
+    return {**_heading("first_step", race), "peers": {name: _seen(s) for name, s in race.samples.items()}}
 
 
-def memory_of(sample: Samples) -> dict[str, int]:
+def fastest(samples: Iterable[Samples], group: str, steps_per_call: int) -> Samples | None:
+    """The variant with the smallest median time."""
+    rivals = [s for s in samples if s.spec.group == group and s.spec.steps_per_call <= steps_per_call and s.seconds]
+    return min(rivals, key=lambda s: statistics.median(s.seconds), default=None)
+
+
+def disagreeing(losses: Mapping[str, float], precision: str) -> list[str]:
+    """Peers whose loss after the checked steps is not the reference's: eager PyTorch's, else the first peer's."""
+    if not losses:
+        return []
+    wanted = losses.get("eager", next(iter(losses.values())))
+    bound = LOSS_TOLERANCE[precision] * abs(wanted)
+    return sorted(name for name, loss in losses.items() if not abs(loss - wanted) <= bound)
+
+
+def memory_of(memory: Mapping[str, int]) -> dict[str, int]:
     """Peaks above what the process held after its imports.
 
     steps_bytes: while stepping, on the device if there is one. start_bytes: while tracing, compiling and taking the
-    first steps.
+    first steps. total_bytes: the whole process while stepping.
     """
-    memory = sample.memory
-    on_host = max(memory["steps_peak_bytes"] - memory["baseline_bytes"], 1)
+    if not memory:
+        return {}
+    baseline = memory["baseline_bytes"]
     return {
-        "steps_bytes": memory["device_peak_bytes"] or on_host,
-        "host_steps_bytes": on_host,
-        "start_bytes": memory["start_peak_bytes"] - memory["baseline_bytes"],
-        "baseline_bytes": memory["baseline_bytes"],
+        "steps_bytes": memory["device_peak_bytes"] or max(memory["steps_peak_bytes"] - baseline, 1),
+        "start_bytes": max(memory["start_peak_bytes"] - baseline, 0),
+        "total_bytes": memory["steps_peak_bytes"],
     }
 
 
-def versions_of(samples: Any) -> dict[str, str]:
-    """Versions of every framework that took part."""
-    merged: dict[str, str] = {}
-    for sample in samples:
-        merged |= sample.ready["versions"]
-    return merged
+def rounded(value: Any) -> Any:
+    """Floats to five significant digits, which is more than a timing holds."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: rounded(entry) for key, entry in value.items()}
+    return [rounded(entry) for entry in value] if isinstance(value, list) else value
 
 
-def _seen(sample: Samples) -> dict[str, Any]:
-    time = spread(sample.step_s)
+def _heading(kind: str, race: Race) -> Figure:
+    versions: dict[str, str] = {}
+    for sample in race.samples.values():
+        versions |= sample.ready["versions"]
+    losses = {name: sample.ready["loss"] for name, sample in race.samples.items()}
     return {
-        "median_s": time["median"],
-        "low_s": time.get("low"),
-        "high_s": time.get("high"),
-        "check_loss": sample.ready["loss"],
-        "final_loss": sample.final_loss,
-        "first_step_s": sample.ready["first_step_s"],
-        **{key: sample.ready[key] for key in ("tier", "said") if key in sample.ready},
+        "name": f"{kind}/{race.workload.name}/{race.precision}",
+        "kind": kind,
+        "workload": race.workload.name,
+        "title": race.workload.title,
+        "precision": race.precision,
+        "device": race.settings.device,
+        "threads": race.settings.threads,
+        "rounds": race.settings.rounds,
+        "versions": versions,
+        "disagreeing": disagreeing(losses, race.precision),
+        "failed": dict(race.failed),
     }
 
 
-def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
-    """Columns as wide as their widest cell; the first on the left, the others on the right."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
-
-
-def times(ratio: float | Mapping[str, float] | None) -> str:
-    """A ratio for people: "1.23×"."""
-    value = ratio.get("median") if isinstance(ratio, Mapping) else ratio
-    return "-" if value is None or math.isnan(value) else f"{value:.2f}×"
+def _seen(sample: Samples) -> Figure:
+    said = {key: sample.ready[key] for key in ("steps", "loss", "tier", "said") if key in sample.ready}
+    return {**spread(sample.seconds), "samples": len(sample.seconds), **said}

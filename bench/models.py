@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # torch's optimizers import it in their first step; here it is in every worker's baseline
 import torch.nn.functional as F
 from torch import Tensor, nn
-from workloads import WORKLOADS, Workload
+
+from bench.workloads import WORKLOADS, Workload
 
 Batch = tuple[Tensor, Tensor]
 
@@ -104,12 +106,11 @@ def compute_loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
 
 
-def make_optimizer(workload: Workload, model: nn.Module, *, fused: bool = False) -> torch.optim.Optimizer:
-    """The workload's optimizer as PyTorch makes it by default, or with its one-kernel implementation."""
-    chosen: dict[str, Any] = {"fused": True} if fused else {}
-    if workload.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=workload.learning_rate, **chosen)
-    return torch.optim.AdamW(model.parameters(), lr=workload.learning_rate, **chosen)
+def make_optimizer(workload: Workload, model: nn.Module, way: str = "default") -> torch.optim.Optimizer:
+    """The workload's optimizer as PyTorch makes it by default, or as its "foreach" or "fused" implementation."""
+    chosen: dict[str, Any] = {way: True} if way in ("foreach", "fused") else {}
+    kind = torch.optim.SGD if workload.optimizer == "sgd" else torch.optim.AdamW
+    return kind(model.parameters(), lr=workload.learning_rate, **chosen)
 
 
 def export(workload: Workload, path: Path) -> None:

@@ -1,9 +1,9 @@
 """The worker's side of a measurement: a process that holds one peer and answers in JSON lines.
 
 A worker is started with its task as JSON in the first argument. It builds its peer, takes the checked steps (which
-compile what there is to compile) and says {"ready": …}. To {"run": N} it answers {"seconds", "loss"} after N more
-steps, to {"end": true} with its memory. Nothing here needs a framework, because the peers live in environments of
-their own.
+compile what there is to compile) and says {"ready": …}. To {"calibrate": S} it answers {"steps": N}, how many steps
+last S seconds; to {"run": N}, {"seconds", "loss"} after N more steps; to {"end": true}, its memory, and then ends.
+Nothing here needs a framework, because the peers live in environments of their own.
 """
 
 from __future__ import annotations
@@ -61,48 +61,53 @@ def serve(build: Callable[[dict[str, Any]], Peer]) -> None:
     for line in sys.stdin:
         question = json.loads(line)
         if "run" in question:
-            answers.write(json.dumps(run(peer, question["run"])) + "\n")
-            continue
-        memory = {
-            "baseline_bytes": baseline_bytes,
-            "start_peak_bytes": start_peak_bytes,
-            "steps_peak_bytes": peak_bytes(),
-            "peak_rss_bytes": max(start_peak_bytes, peak_bytes()),
-            "device_peak_bytes": peer.device_peak_bytes(),
-        }
-        answers.write(json.dumps(memory) + "\n")
-        break
+            answer = run(peer, question["run"])
+        elif "calibrate" in question:
+            answer = {"steps": calibrate(peer, question["calibrate"])}
+        else:
+            answer = {
+                "baseline_bytes": baseline_bytes,
+                "start_peak_bytes": start_peak_bytes,
+                "steps_peak_bytes": peak_bytes(),
+                "device_peak_bytes": peer.device_peak_bytes(),
+            }
+        answers.write(json.dumps(answer) + "\n")
+        if "end" in question:
+            break
 
 
 def first_steps(peer: Peer, check_steps: int) -> dict[str, Any]:
-    """Take the checked steps; say how long the first one took, how much of that was compiling, and the losses."""
+    """Take the checked steps; say how long the first one took, and the loss after the last."""
     start_s = time.perf_counter()
     peer.prepare()
-    losses = {}
-    taken, first_step_s, step_s = 0, 0.0, math.inf
+    taken, first_step_s, loss = 0, 0.0, math.nan
     while taken < check_steps:
-        call_s = time.perf_counter()
         loss = peer.read(peer.run(peer.steps_per_call))
-        step_s = min(step_s, (time.perf_counter() - call_s) / peer.steps_per_call)
         taken += peer.steps_per_call
         first_step_s = first_step_s or time.perf_counter() - start_s
-        losses[taken] = loss
     return {
         "first_step_s": first_step_s,
-        "compile_s": max(first_step_s - step_s, 0.0),
-        "step_s": step_s,
+        "steps": taken,
         "loss": loss,
-        "losses": losses,
         "versions": {**peer.versions, "python": sys.version.split()[0]},
         **peer.notes,
     }
 
 
-def run(peer: Peer, steps: int) -> dict[str, float]:
+def run(peer: Peer, steps: int) -> dict[str, Any]:
     """Take `steps` steps and wait for the last loss."""
     start_s = time.perf_counter()
     loss = peer.read(peer.run(steps))
     return {"seconds": time.perf_counter() - start_s, "loss": loss}
+
+
+def calibrate(peer: Peer, seconds: float) -> int:
+    """How many steps last about `seconds`: a multiple of `steps_per_call`, found by doubling."""
+    steps = peer.steps_per_call
+    while (taken_s := run(peer, steps)["seconds"]) < seconds / 2:
+        steps *= 2
+    calls = steps / peer.steps_per_call * seconds / taken_s
+    return max(1, round(calls)) * peer.steps_per_call
 
 
 def limit_processors(threads: int) -> None:

@@ -1,145 +1,127 @@
-"""Writes the table of figures into README.md, from the results that the benchmarks kept with --save.
-
-python bench/readme.py [--results DIR] [--readme FILE]
-"""
+"""Figures as tables: the ones in README.md, between the markers, and the one on the terminal. All pure."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from figures import times
-from results import RESULTS, read
-from workloads import WORKLOADS
+from bench.catalogue import FIT, FIT_WARM, GROUPS, MILLRACE
+from bench.workloads import PRECISIONS, WORKLOADS
 
 BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
-README = RESULTS.parent.parent / "README.md"
 Figure = dict[str, Any]
-_TITLES = {
-    "eager": "eager",
-    "eager_fused": "eager, fused optimizer",
-    "compile": "`torch.compile`",
-    "compile_fused": "`torch.compile`, fused optimizer",
-    "compile_graphs": "`torch.compile`, CUDA graphs",
-    "jax": "`jax.jit`",
-    "tf": "`tf.function`",
-}
+Rows = list[list[str]]
 
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    options.add_argument("--results", type=Path, default=RESULTS, help="directory of results (default %(default)s)")
-    options.add_argument("--readme", type=Path, default=README, help="file to write into (default %(default)s)")
-    chosen = options.parse_args(arguments)
-    results = {name: read(chosen.results / f"{name}.jsonl") for name in ("step_time", "first_step", "memory", "gpu")}
-    if not any(results.values()):
-        print(f"no results in {chosen.results}: run the benchmarks with --save first", file=sys.stderr)
-        return 1
-    try:
-        text = between(chosen.readme.read_text(), section(results))
-    except (OSError, ValueError) as error:
-        print(f"{chosen.readme}: {error}", file=sys.stderr)
-        return 1
-    chosen.readme.write_text(text)
-    print(f"wrote the figures of {sum(map(len, results.values()))} results into {chosen.readme}")
-    return 0
+_TITLES = {"eager": "eager", "compile": "`torch.compile`", "jax": "`jax.jit`", "tf": "`tf.function`"}
 
 
 def between(text: str, new: str) -> str:
     """`text` with what stands between the two markers replaced. Raises ValueError without them."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"expected {BEGIN} and, after it, {END}, each once")
-    return text.partition(BEGIN)[0] + f"{BEGIN}\n\n{new}\n\n{END}" + text.partition(END)[2]
+    return text.partition(BEGIN)[0] + f"{BEGIN}\n{new}\n{END}" + text.partition(END)[2]
 
 
-def section(results: dict[str, list[Figure]]) -> str:
-    """All tables, each with where and when it was measured."""
-    gpu = {
-        kind: [f for f in results["gpu"] if f["name"].startswith(f"gpu_{kind}/")] for kind in ("step_time", "memory")
-    }
+def section(results: Sequence[Mapping[str, Any]]) -> str:
+    """Every machine's tables, each with where, when and with what it was measured."""
+    return "\n\n".join(_machine(result["machine"], _ordered(result["figures"])) for result in results)
+
+
+def tables(figures: Sequence[Figure], draw: Callable[[Rows], str]) -> str:
+    """Three tables with their notes: step time, first step, memory; only those that there are figures for."""
     parts = [
-        _step_time("Step time", results["step_time"]),
-        _first_step(results["first_step"]),
-        _memory("Peak memory while stepping", results["memory"]),
-        _step_time("Step time on a GPU", gpu["step_time"]),
-        _memory("Peak GPU memory while stepping", gpu["memory"]),
+        (
+            "Step time: how many times as fast as the fastest variant of each peer (median of the rounds' ratios, and "
+            "their quartiles).",
+            step_rows(figures),
+        ),
+        (
+            "Seconds to the end of the first step: of `fit` from its call, with an empty cache and on a second start; "
+            "of the others without their imports.",
+            first_step_rows(figures),
+        ),
+        (
+            "Peak memory while stepping, in MiB above what the process held after its imports, and in brackets of the "
+            "whole process; on a GPU, device memory.",
+            memory_rows(figures),
+        ),
     ]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(f"{note}\n\n{draw(rows)}" for note, rows in parts if len(rows) > 1)
 
 
-def _step_time(title: str, figures: Sequence[Figure]) -> str:
-    columns = [name for name in _TITLES if any(name in f["ratios"] for f in figures)]
-    rows = [
-        [_what(f), f["precision"], f"**{times(f['ratio'])}**", *(times(f["ratios"].get(name)) for name in columns)]
-        for f in _ordered(figures)
-    ]
-    header = ["model", "precision", "best of PyTorch", *(_TITLES[name] for name in columns)]
-    note = "how many times as fast a step is as each peer's; medians of ratios from one round, peers in turn."
-    return _part(title, note, header, rows, figures)
+def step_rows(figures: Sequence[Figure]) -> Rows:
+    """One row for each workload, precision and way of ours; first the header."""
+    measured = [f for f in figures if f["kind"] == "step" and f["ratios"]]
+    groups = [g for g in GROUPS if any(g in ratios for f in measured for ratios in f["ratios"].values())]
+    rows = [["model", "precision", *(_TITLES[g] for g in groups)]]
+    for figure in measured:
+        for way, ratios in figure["ratios"].items():
+            steps = way.removeprefix(MILLRACE.name).removeprefix("_x")
+            title = figure["title"] + (f", {steps} steps per call" if steps else "")
+            rows.append([title, figure["precision"], *(times(ratios.get(g)) for g in groups)])
+    return rows
 
 
-def _first_step(figures: Sequence[Figure]) -> str:
-    columns = [name for name in _TITLES if any(name in f["ratios"] for f in figures)]
-    rows = [
-        [_what(f), f"**{f['seconds']:.1f} s**", *(_seconds(f["peers"].get(name)) for name in columns)]
-        for f in _ordered(figures)
-    ]
-    note = "seconds from the call of `fit` to the end of the first step, in a fresh process with cold caches."
-    return _part("First step", note, ["model", "`millrace.fit`", *(_TITLES[name] for name in columns)], rows, figures)
+def first_step_rows(figures: Sequence[Figure]) -> Rows:
+    """One row for each workload; first the header."""
+    measured = [f for f in figures if f["kind"] == "first_step"]
+    titles = {FIT.name: "`fit`", FIT_WARM.name: "`fit` again", **_TITLES}
+    columns = [name for name in titles if any(name in f["peers"] for f in measured)]
+    rows = [["model", *(titles[name] for name in columns)]]
+    for figure in measured:
+        seconds = (figure["peers"].get(name) for name in columns)
+        rows.append([figure["title"], *(f"{s['median']:.2f}" if s else "-" for s in seconds)])
+    return rows
 
 
-def _memory(title: str, figures: Sequence[Figure]) -> str:
-    columns = [name for name in _TITLES if any(name in f["ratios"] for f in figures)]
-    rows = [
-        [_what(f), f["precision"], *(f"{f['ratios'][name]:.2f}" if name in f["ratios"] else "-" for name in columns)]
-        for f in _ordered(figures)
-    ]
-    note = "ours over each peer's, above what the process holds after its imports; below 1 is less."
-    return _part(title, note, ["model", "precision", *(_TITLES[name] for name in columns)], rows, figures)
+def memory_rows(figures: Sequence[Figure]) -> Rows:
+    """One row for each workload and precision; first the header. Peers in their ordinary way, one step per call."""
+    measured = [f for f in figures if f["kind"] == "step" and MILLRACE.name in f["peers"]]
+    titles = {MILLRACE.name: "millrace", **_TITLES}
+    columns = [name for name in titles if any(_cell(f, name) != "-" for f in measured)]
+    rows = [["model", "precision", *(titles[name] for name in columns)]]
+    return rows + [[f["title"], f["precision"], *(_cell(f, name) for name in columns)] for f in measured]
 
 
-def _part(
-    title: str, note: str, header: Sequence[str], rows: Sequence[Sequence[str]], figures: Sequence[Figure]
-) -> str:
-    if not rows:
-        return ""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
-    return f"**{title}**: {note}\n\n" + "\n".join(lines) + f"\n\n{_where(figures)}"
+def markdown(rows: Rows) -> str:
+    """A table for README.md."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
 
 
-def _where(figures: Sequence[Figure]) -> str:
-    """Machines, dates and versions of these figures, in a line."""
-    machines = sorted({f"{f['machine']}, {f['threads']} threads" for f in figures})
+def plain(rows: Rows) -> str:
+    """A table for a terminal: columns as wide as their widest cell; the first on the left, the others on the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+
+
+def times(ratio: Mapping[str, Any] | None) -> str:
+    """A ratio for people: "1.23× (1.20-1.27)"."""
+    if ratio is None or math.isnan(ratio["median"]):
+        return "-"
+    return f"{ratio['median']:.2f}× ({ratio['low']:.2f}-{ratio['high']:.2f})"
+
+
+def _machine(machine: Mapping[str, Any], figures: Sequence[Figure]) -> str:
     dates = sorted({f["date"][:10] for f in figures})
-    versions: dict[str, str] = {}
-    for figure in figures:
-        versions |= figure["versions"]
     days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return f"{'; '.join(machines)}; {days}; " + ", ".join(f"{name} {number}" for name, number in versions.items())
+    threads = "/".join(sorted({str(f["threads"]) for f in figures}))
+    versions = {name: number for figure in figures for name, number in figure["versions"].items()}
+    used = ", ".join(f"{name} {number}" for name, number in versions.items())
+    wrong = sorted({f"{f['name']} ({', '.join(f['disagreeing'])})" for f in figures if f["disagreeing"]})
+    note = f"Losses disagree, and so the work: {'; '.join(wrong)}." if wrong else "The losses of all peers agree."
+    where = f"Measured on {machine['name']}, {threads} threads, {days}, with {used}. {note}"
+    return f"{where}\n\n{tables(figures, markdown)}"
 
 
-def _what(figure: Figure) -> str:
-    """The model, and in which way we ran it."""
-    ways = {"millrace_eager": " (eager tier)", "millrace_tiered": " (tiered)"}
-    way = figure["name"].rpartition("/")[2]
-    if way.startswith("millrace_x"):
-        return f"{figure['workload']}, {way.removeprefix('millrace_x')} steps per call"
-    return figure["workload"] + ways.get(way, "")
+def _cell(figure: Figure, name: str) -> str:
+    memory = figure["peers"].get(name, {}).get("memory")
+    if not memory:
+        return "-"
+    mib = f"{memory['steps_bytes'] / 2**20:.0f}"
+    return mib if figure["device"].startswith("cuda") else f"{mib} ({memory['total_bytes'] / 2**20:.0f})"
 
 
 def _ordered(figures: Sequence[Figure]) -> list[Figure]:
-    """By workload as they are listed, then by precision, then by name; a figure whose losses disagree is left out."""
-    order = list(WORKLOADS)
-    good = [f for f in figures if f["losses_agree"]]
-    return sorted(good, key=lambda f: (order.index(f["name"].split("/")[1]), f["precision"] != "float32", f["name"]))
-
-
-def _seconds(peer: Figure | None) -> str:
-    return "-" if peer is None else f"{peer['median']:.1f} s"
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    """By workload as they are listed, then by precision."""
+    return sorted(figures, key=lambda f: (list(WORKLOADS).index(f["workload"]), PRECISIONS.index(f["precision"])))

@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from catalogue import PeerSpec
+from bench.catalogue import PeerSpec
 
-_BENCH = Path(__file__).resolve().parent
+_ROOT = Path(__file__).resolve().parent.parent
+_LEAVE_S = 5.0  # for a worker to end by itself, and to end the compilers that it started
 
 
 class PeerError(Exception):
@@ -34,6 +35,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             env={**os.environ, **environment},
+            cwd=_ROOT,
             start_new_session=True,  # its own children, a compiler's, end with it
         )
         self._pending = b""
@@ -72,7 +74,12 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        """End the process and whatever it started."""
+        """End the process and whatever it started; first by asking."""
+        if self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_LEAVE_S)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -88,9 +95,8 @@ class Worker:
 
 
 def worker_environment(threads: int) -> dict[str, str]:
-    """Environment variables that give every framework the same threads and the modules of this directory."""
-    source = _BENCH.parent / "src"
-    paths = [str(_BENCH), str(source), *filter(None, [os.environ.get("PYTHONPATH")])]
+    """Environment variables that give every framework the same threads and the modules of this project."""
+    paths = [str(_ROOT), str(_ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": str(threads),

@@ -1,17 +1,18 @@
-"""Eager PyTorch. Options: `fused` takes the optimizer's one-kernel implementation."""
+"""Eager PyTorch. Option: `optimizer`, "default", "foreach" or "fused"."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from models import autocast, compute_loss, device_memory, load, make_optimizer, versions
-from protocol import Peer, serve
 from torch import Tensor
+
+from bench.models import autocast, compute_loss, device_memory, load, make_optimizer, versions
+from bench.protocol import Peer, serve
 
 
 def build(task: dict[str, Any]) -> Peer:
     workload, model, batch = load(task)
-    optimizer = make_optimizer(workload, model, fused=task["options"].get("fused", False))
+    optimizer = make_optimizer(workload, model, task["options"].get("optimizer", "default"))
 
     def step() -> Tensor:
         optimizer.zero_grad()

@@ -1,7 +1,7 @@
 """The same models in plain JAX under `jax.jit`, with donated weights and state. Needs jax alone.
 
 Layouts are the ones that XLA likes: images and kernels with channels last. `bfloat16` casts the inputs of products and
-convolutions, as autocast does.
+convolutions, as autocast does. Option: `steps_per_call`, that many steps scanned in one call.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from protocol import Peer, serve
+
+from bench.protocol import Peer, serve
 
 Weights = dict[str, jax.Array]
 
@@ -154,17 +155,28 @@ def build(task: dict[str, Any]) -> Peer:
         loss, gradients = jax.value_and_grad(loss_of)(weights, inputs, targets)
         return *update(weights, gradients, state, rate), loss
 
-    compiled = jax.jit(step, donate_argnums=(0, 1))
+    def many(weights: Weights, state: Any, inputs: jax.Array, targets: jax.Array) -> Any:
+        def one(carry: Any, batch: Any) -> Any:
+            weights, state, loss = step(*carry, *batch)
+            return (weights, state), loss
+
+        (weights, state), losses = jax.lax.scan(one, (weights, state), (inputs, targets))
+        return weights, state, losses[-1]
+
+    per_call = task["options"].get("steps_per_call", 1)
+    if per_call > 1:
+        inputs, targets = (jnp.stack([array] * per_call) for array in (inputs, targets))
+    compiled = jax.jit(many if per_call > 1 else step, donate_argnums=(0, 1))
     current = [weights, state]
 
     def run(steps: int) -> jax.Array:
         weights, state = current
-        for _ in range(steps):
+        for _ in range(steps // per_call):
             weights, state, loss = compiled(weights, state, inputs, targets)
         current[:] = weights, state
         return loss
 
-    return Peer(run, float, {"jax": jax.__version__})
+    return Peer(run, float, {"jax": jax.__version__}, steps_per_call=per_call)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Millrace's `fit` with its defaults (tiered, a run directory, progress): each "run" is one call of `fit`."""
+"""Millrace's `fit` with its defaults (tiered, a run directory, progress): each "run" is one call of `fit`.
+
+Option: `compile`, the tier.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from models import compute_loss, device_memory, load, make_optimizer, versions
-from protocol import Peer, serve
-
+from bench.models import compute_loss, device_memory, load, make_optimizer, versions
+from bench.protocol import Peer, serve
 from millrace.train.callbacks import Callback
 from millrace.train.fit import fit
 from millrace.version import __version__
@@ -42,6 +44,7 @@ def build(task: dict[str, Any]) -> Peer:
                 loss=compute_loss,
                 optimizer=optimizer,
                 steps=steps,
+                compile=task["options"].get("compile", "tiered"),
                 precision=task["precision"],
                 run_dir=f"{directory}/run",
                 callbacks=[watch],

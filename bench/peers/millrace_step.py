@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from models import compute_loss, device_memory, load, make_optimizer, versions
-from protocol import Peer, serve
 from torch import Tensor
 
+from bench.models import compute_loss, device_memory, load, make_optimizer, versions
+from bench.protocol import Peer, serve
 from millrace.graph.training import training_graph
 from millrace.runtime.session import Session
 from millrace.version import __version__

@@ -1,6 +1,6 @@
-"""`torch.compile` of model and loss, the optimizer as it is.
+"""`torch.compile` of model and loss, and of the optimizer's step if it is told so.
 
-Options: `fused` takes the optimizer's one-kernel implementation, `mode` is torch.compile's.
+Options: `optimizer`, "default", "fused" or "compiled"; `mode`, torch.compile's.
 """
 
 from __future__ import annotations
@@ -8,22 +8,30 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from models import autocast, compute_loss, device_memory, load, make_optimizer, versions
-from protocol import Peer, serve
 from torch import Tensor
+
+from bench.models import autocast, compute_loss, device_memory, load, make_optimizer, versions
+from bench.protocol import Peer, serve
 
 
 def build(task: dict[str, Any]) -> Peer:
     workload, model, batch = load(task)
-    optimizer = make_optimizer(workload, model, fused=task["options"].get("fused", False))
+    way = task["options"].get("optimizer", "default")
+    optimizer = make_optimizer(workload, model, way)
     compiled = torch.compile(compute_loss, mode=task["options"].get("mode"))
+
+    def update() -> None:
+        optimizer.step()
+
+    if way == "compiled":
+        update = torch.compile(update, fullgraph=False)
 
     def step() -> Tensor:
         optimizer.zero_grad()
         with autocast(task):
             loss = compiled(model, batch)
         loss.backward()
-        optimizer.step()
+        update()
         return loss.detach()
 
     def run(steps: int) -> Tensor:

@@ -1,8 +1,11 @@
-"""Runs the peers of one workload in turn and gathers what they say."""
+"""Runs the peers of one workload in turn (A B C, B C A, C A B, …) and gathers what they say.
+
+Each peer is a process of its own that waits while another one's turn lasts. A turn lasts as long for every peer; how
+many steps that are is found out before the rounds begin.
+"""
 
 from __future__ import annotations
 
-import math
 import sys
 import tempfile
 import time
@@ -13,18 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from catalogue import PeerSpec
-from models import export
-from worker import PeerError, Worker, worker_environment
-from workloads import Workload
+from bench.catalogue import PeerSpec
+from bench.models import export
+from bench.worker import PeerError, Worker, worker_environment
+from bench.workloads import Workload
 
 TURN_LIMIT_S = 300.0
 _PAUSE_S = 0.02  # lets the threads of the peer before go to sleep
 
 
-@dataclass
+@dataclass(frozen=True)
 class Settings:
-    """How to measure. turn_s: about how long one peer's turn lasts. starts: how many peers start at a time."""
+    """How to measure. turn_s: how long one peer's turn lasts. starts: how many peers start at a time."""
 
     threads: int = 2
     rounds: int = 7
@@ -36,12 +39,11 @@ class Settings:
 
 @dataclass
 class Samples:
-    """What one peer said. step_s: seconds per step, one for each round."""
+    """What one peer said. seconds: per step in a race, to the first step's end otherwise; one for each round."""
 
     spec: PeerSpec
     ready: dict[str, Any] = field(default_factory=dict)
-    step_s: list[float] = field(default_factory=list)
-    final_loss: float = math.nan
+    seconds: list[float] = field(default_factory=list)
     memory: dict[str, int] = field(default_factory=dict)
 
 
@@ -52,25 +54,38 @@ class Race:
     workload: Workload
     precision: str
     settings: Settings
-    samples: dict[str, Samples]
-    failed: dict[str, str]
-    steps_per_turn: int = 0
+    samples: dict[str, Samples] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def race(workload: Workload, precision: str, peers: Sequence[PeerSpec], settings: Settings) -> Race:
     """Start the peers, let them take turns, and end them.
 
-    Every peer takes the same number of steps in every turn; the order moves on by one each round. A peer that fails
-    is reported and left out; the others go on.
+    A peer that fails is reported and left out; the others go on.
     """
+    result = Race(workload, precision, settings)
     with exported(workload) as weights, ExitStack() as stack:
         task = task_of(workload, precision, weights, settings)
-        workers, result = _start(workload, precision, peers, settings, task, stack)
-        if workers:
-            result.steps_per_turn = _steps_per_turn(result, settings.turn_s)
-            _alternate(workers, result)
-            _ask_memory(workers, result)
+        workers = _start(peers, task, result, stack)
+        steps = {}
+        for name in list(workers):
+            answer = _asked(workers, name, {"calibrate": settings.turn_s}, result)
+            steps[name] = answer["steps"] if answer else 0
+        for number in range(settings.rounds):
+            for name in turns(list(workers), number):
+                time.sleep(_PAUSE_S)
+                answer = _asked(workers, name, {"run": steps[name]}, result)
+                if answer is not None:
+                    result.samples[name].seconds.append(answer["seconds"] / steps[name])
+        for name in list(workers):
+            result.samples[name].memory = _asked(workers, name, {"end": True}, result) or {}
     return result
+
+
+def turns(names: Sequence[str], number: int) -> list[str]:
+    """The order of round `number`: everybody once, and whoever was first in the round before is last."""
+    shift = number % max(len(names), 1)
+    return [*names[shift:], *names[:shift]]
 
 
 @contextmanager
@@ -102,31 +117,25 @@ def say(message: str) -> None:
     print(f"  {message}", file=sys.stderr, flush=True)
 
 
-def _start(
-    workload: Workload,
-    precision: str,
-    peers: Sequence[PeerSpec],
-    settings: Settings,
-    task: Mapping[str, Any],
-    stack: ExitStack,
-) -> tuple[dict[str, Worker], Race]:
+def _start(peers: Sequence[PeerSpec], task: Mapping[str, Any], result: Race, stack: ExitStack) -> dict[str, Worker]:
+    settings = result.settings
     environment = worker_environment(settings.threads)
 
     def start(spec: PeerSpec) -> tuple[Worker, dict[str, Any] | PeerError]:
+        begun_s = time.monotonic()
         worker = Worker(spec, task, environment)
         stack.callback(worker.close)
-        begun_s = time.monotonic()
         try:
             ready = worker.answer(settings.start_limit_s)["ready"]
         except PeerError as error:
             worker.close()
             say(str(error))
             return worker, error
-        say(f"{workload.name} {precision}: {spec.title} ready in {time.monotonic() - begun_s:.0f} s")
+        took_s = time.monotonic() - begun_s
+        say(f"{task['workload']} {task['precision']}: {spec.title} ({spec.name}) ready in {took_s:.0f} s")
         return worker, ready
 
     workers: dict[str, Worker] = {}
-    result = Race(workload, precision, settings, {}, {})
     with ThreadPoolExecutor(settings.starts) as pool:
         for spec, (worker, ready) in zip(peers, pool.map(start, peers), strict=True):
             if isinstance(ready, PeerError):
@@ -134,34 +143,7 @@ def _start(
             else:
                 workers[spec.name] = worker
                 result.samples[spec.name] = Samples(spec, ready)
-    return workers, result
-
-
-def _steps_per_turn(result: Race, turn_s: float) -> int:
-    """As many steps as the slowest peer takes in `turn_s`, and a whole number of every peer's calls."""
-    slowest_s = max(sample.ready["step_s"] for sample in result.samples.values())
-    unit = math.lcm(*(sample.spec.options.get("steps_per_call", 1) for sample in result.samples.values()))
-    return max(1, round(turn_s / slowest_s / unit)) * unit
-
-
-def _alternate(workers: dict[str, Worker], result: Race) -> None:
-    """One round that does not count, then the rounds that do."""
-    for number in range(-1, result.settings.rounds):
-        names = list(workers)
-        shift = number % max(len(names), 1)
-        for name in names[shift:] + names[:shift]:
-            time.sleep(_PAUSE_S)
-            answer = _asked(workers, name, {"run": result.steps_per_turn}, result)
-            if answer is not None and number >= 0:
-                result.samples[name].step_s.append(answer["seconds"] / result.steps_per_turn)
-                result.samples[name].final_loss = answer["loss"]
-
-
-def _ask_memory(workers: dict[str, Worker], result: Race) -> None:
-    for name in list(workers):
-        answer = _asked(workers, name, {"end": True}, result)
-        if answer is not None:
-            result.samples[name].memory = answer
+    return workers
 
 
 def _asked(workers: dict[str, Worker], name: str, question: dict[str, Any], result: Race) -> dict[str, Any] | None:
