@@ -8,6 +8,7 @@ the variable's own memory (`p - lr * g` becomes `p.sub_(lr * g)`), so that no co
 from __future__ import annotations
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
@@ -60,9 +61,10 @@ def _with_assignments(graph: Graph, *, reuse_memory: bool) -> GraphModule:
                 done.add(value)
             else:
                 copies.append((variable, value))
-        # A fetch must outlast later steps, which write over every variable, also over those this part only reads.
-        variables = {inputs[variable.name] for variable in graph.variables}
-        results = [_own_memory(module.graph, node, variables) for node in fetched]
+        # A fetch must outlast later steps, which write over every variable, also over those this part only reads; and
+        # what the caller does to it must reach neither the batch nor a constant of the graph.
+        kept = {node for node in module.graph.nodes if node.op in ("placeholder", "get_attr")}
+        results = [_own_memory(module.graph, node, kept) for node in fetched]
         # A value that is itself a variable's old value, or a view of one, must be saved from the assignments.
         saved = {value: _own_memory(module.graph, value, set(updates)) for _, value in copies}
         for variable, value in copies:
@@ -82,8 +84,8 @@ def _chain(variable: Node, value: Node, order: dict[Node, int]) -> list[Node]:
             return []
         if not _same(node, variable) or (chain and len(node.users) != 1):
             return []
-        if any(argument is node.args[0] for argument in node.args[1:]):
-            return []  # p * p reads what it writes twice; leave such things to the copy
+        if node.args[0] in pytree.tree_leaves((node.args[1:], node.kwargs)):
+            return []  # p * p and p[[p]] = x read what they write; leave such things to the copy
         chain.insert(0, node)
         node = node.args[0]
     return chain
@@ -120,7 +122,14 @@ def _may_alias(node: Node) -> bool:
     return target.is_view or any(r.alias_info is not None for r in target._schema.returns) or target in _MAYBE_VIEWS
 
 
-_MAYBE_VIEWS = {aten.reshape.default, aten.contiguous.default, aten._reshape_alias.default, aten.to.dtype}
+# Their schemas promise new memory, or leave it open.
+_MAYBE_VIEWS = {
+    aten.reshape.default,
+    aten.contiguous.default,
+    aten._reshape_alias.default,
+    aten._unsafe_view.default,
+    aten.to.dtype,
+}
 
 
 def _own_memory(graph: torch.fx.Graph, node: Node, written: set[Node]) -> Node:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,9 @@ from millrace.graph.passes.sparse_rows import sparse_rows
 from millrace.graph.passes.unroll import unroll
 from millrace.graph.signature import Feed
 from millrace.graph.trace import flatten_feed
+from millrace.runtime.aliasing import check_variables, shares, storages
+from millrace.runtime.commit import aside, make_directory, sync_directory, write_failure
+from millrace.runtime.ranges import Range, check_ranges, feed_ranges
 from millrace.runtime.save_nodes import RESTORE, SAVE, SideGraph, restore_graph, save_graph_of
 from millrace.runtime.watch import Watch, failing_node, first_nonfinite, run_watched
 
@@ -40,6 +44,7 @@ class _Program:
     graph: Graph
     fetches: tuple[str, ...]
     runner: Runner | CapturedSteps
+    ranges: tuple[Range, ...]  # of the labels and indices that it looks up
 
 
 class Session:
@@ -80,6 +85,9 @@ class Session:
         self._variables = {v.name: given[v.name].detach() for v in graph.variables}
         if copy:
             self._variables = {name: tensor.clone() for name, tensor in self._variables.items()}
+        check_variables(graph, self._variables)
+        self._memory = storages(self._variables.values())
+        self._on_cpu = all(f.spec.device == "cpu" for f in graph.feeds)
         self._graphs: OrderedDict[_Key, Graph] = OrderedDict({_key(f.spec for f in graph.feeds): graph})
         self._programs: dict[tuple[Any, ...], _Program] = {}
         self._watches: list[Watch] = []
@@ -161,15 +169,29 @@ class Session:
         return self._side[name]
 
     def save(self, path: Path) -> None:
-        """Write every variable to one safetensors file, by running the graph's save node."""
-        self._side[SAVE].run(self._variables, path)
+        """Write every variable to one safetensors file, by running the graph's save node.
+
+        The file is there all at once, or the one before it still is. Raises: CheckpointError when it cannot be written.
+        """
+        path = Path(path)
+        temporary = aside(path, "tmp")
+        try:
+            make_directory(path.parent)
+            try:
+                self._side[SAVE].run(self._variables, temporary)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            sync_directory(path.parent)
+        except OSError as error:
+            raise write_failure(path, sum(t.nbytes for t in self._variables.values()), error) from error
 
     def restore(self, path: Path) -> None:
         """Read every variable from a file of `save`, by running the graph's restore node.
 
         Raises: CheckpointError, with nothing changed, when the file is damaged or of another model.
         """
-        self._side[RESTORE].run(self._variables, path)
+        self._side[RESTORE].run(self._variables, Path(path))
 
     # -- looking -------------------------------------------------------------------------------------------------
 
@@ -202,6 +224,10 @@ class Session:
 
     def _call(self, program: _Program, feeds: list[Tensor]) -> list[Tensor]:
         variables = list(self._variables.values())
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            # The graph says every dtype; outside it, nothing else may change them.
+            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                return self._call(program, feeds)
         try:
             if self._watches:
                 return run_watched(program.graph, variables, feeds, self._watches)
@@ -225,8 +251,12 @@ class Session:
             wanted = tuple(dict.fromkeys(name for name in names if name != TRAIN))
             part = sparse_rows(prune(graph, wanted, graph.updates if train else ()))
             whole = unroll(part, steps) if steps > 1 else part
-            known = _Program(whole, wanted, self._runner(part, whole, steps))
+            known = _Program(whole, wanted, self._runner(part, whole, steps), feed_ranges(part))
             self._programs[(key, names, steps)] = known
+        if known.ranges and feed is not None:
+            # As they were handed in: what is on a GPU by now could not be read without waiting for it.
+            given = flat if self._on_cpu else list(flatten_feed(feed)[0].values())
+            check_ranges(known.ranges, given, steps)
         return known, flat
 
     def _runner(self, one: Graph, whole: Graph, steps: int) -> Runner | CapturedSteps:
@@ -267,10 +297,12 @@ class Session:
             raise FeedError(
                 f"the batch nests as {_names(leaves)}, but the graph was traced with {_names(self.graph.feeds)}"
             )
-        return [
+        fed = [
             leaf.to(feed.spec.device, non_blocking=True)
             for leaf, feed in zip(leaves.values(), self.graph.feeds, strict=True)
         ]
+        # A batch that is a variable, or a part of one, would change while the step runs.
+        return [tensor.clone() if shares(tensor, self._memory) else tensor for tensor in fed]
 
     def _retrace(self, feed: Any, flat: list[Tensor], key: _Key, steps: int) -> None:
         changed = _describe_change(self.graph.feeds, key)

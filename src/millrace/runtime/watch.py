@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from millrace.graph.graph import Graph, info
+from millrace.runtime.aliasing import shares, storages
 
 See = Callable[[str, Tensor], None]
 
@@ -33,16 +34,18 @@ class Watch:
 
 
 class _Shown(Interpreter):
-    def __init__(self, graph: Graph, watches: Sequence[Watch]) -> None:
+    def __init__(self, graph: Graph, watches: Sequence[Watch], memory: frozenset[int]) -> None:
         super().__init__(graph.module)
         self._watches = watches
+        self._memory = memory
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
         if n.op == "call_function" and isinstance(value, Tensor):
             for watch in self._watches:
                 if watch.matches(n):
-                    watch.see(n.name, value)
+                    # Whoever keeps a view of a variable must not find it changed by the next step.
+                    watch.see(n.name, value.clone() if shares(value, self._memory) else value)
         return value
 
 
@@ -51,7 +54,7 @@ def run_watched(
 ) -> list[Tensor]:
     """Run the step with every watched tensor shown; updates are assigned at the end. Returns the fetches."""
     with torch.no_grad():
-        results = _Shown(graph, watches).run(*variables, *feeds)
+        results = _Shown(graph, watches, storages(variables)).run(*variables, *feeds)
         # Some results are views of variables, or of each other's new values.
         results = [value.clone() for value in results]
         by_name = {v.name: tensor for v, tensor in zip(graph.variables, variables, strict=True)}
@@ -63,16 +66,20 @@ def run_watched(
 def first_nonfinite(graph: Graph, variables: Sequence[Tensor], feeds: Sequence[Tensor]) -> str:
     """Which node of the step first makes a NaN or an infinity out of finite inputs, in words; "" if none does.
 
-    An infinity may be meant (the logarithm of a mask), so the first node to make a NaN is named beside it. Runs the
-    step without assigning anything.
+    An infinity may be meant (the logarithm of a mask, or a mask that is an input), so the first node to make a NaN is
+    named beside it. Runs the step without assigning anything.
     """
     inputs = [*(f"the feed {f.name!r}" for f in graph.feeds), *(f"the variable {v.name!r}" for v in graph.variables)]
+    infinite = []
     for name, tensor in zip(inputs, [*feeds, *variables], strict=True):
-        if _is_nan(tensor) or _is_infinite(tensor):
-            return f"{name} is not finite to begin with ({_count(tensor)} of {tensor.numel()} values)"
+        says = f"{name} is not finite to begin with ({_count(tensor)} of {tensor.numel()} values)"
+        if _is_nan(tensor):
+            return says
+        if _is_infinite(tensor):
+            infinite.append(says)
     search = _NonfiniteSearch(graph)
     search.search(variables, feeds)
-    return "; then ".join(search.found)
+    return "; then ".join([*infinite, *search.found])
 
 
 class _Found(Exception):
@@ -93,11 +100,11 @@ class _NonfiniteSearch(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
-        if n.op != "call_function":
-            return value
         parts = [part for part in pytree.tree_leaves(value) if isinstance(part, Tensor)]
+        if n.op != "call_function":  # an input or a constant: it may be infinite, but nothing made it so here
+            self._infinite |= {n} if any(map(_is_infinite, parts)) else set()
+            return value
         for part in parts:
-            # Inputs were free of NaN, or the search would have ended before.
             if _is_nan(part):
                 self.found.append(f"{describe(n)} makes {_count(part)} of {part.numel()} values NaN or infinite")
                 raise _Found
@@ -140,11 +147,11 @@ def describe(node: Node) -> str:
 
 
 def _is_nan(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and bool(torch.isnan(tensor).any())
+    return (tensor.is_floating_point() or tensor.is_complex()) and bool(torch.isnan(tensor).any())
 
 
 def _is_infinite(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and bool(torch.isinf(tensor).any())
+    return (tensor.is_floating_point() or tensor.is_complex()) and bool(torch.isinf(tensor).any())
 
 
 def _count(tensor: Tensor) -> int:
