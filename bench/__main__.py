@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--models", type=_names(WORKLOADS), default=[], help=f"comma-separated, of {', '.join(WORKLOADS)}")
     add("--precisions", type=_names(PRECISIONS), default=[], help=f"comma-separated, of {', '.join(PRECISIONS)}")
     add("--kinds", type=_names(KINDS), default=list(KINDS), help="comma-separated, of step (and memory), first_step")
-    add("--peers", type=_names(), default=[], help="only these, comma-separated: groups or names as in the figures")
+    add("--peers", type=_names(), default=[], help="only these, comma-separated: names as in the figures")
     add("--threads", type=int, help="of each peer (default 2; 4 beside a GPU)")
     add("--rounds", type=int, help="turns of each peer that count (default 9)")
     add("--turn", type=float, metavar="S", help="seconds of a turn (default 0.3)")

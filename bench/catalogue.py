@@ -94,7 +94,7 @@ def step_peers(workload: Workload, *, jax: str | None, tf: str | None, device: s
     cuda = device.startswith("cuda")
     if workload.large:  # copies of it fill the device; the other variants would only be slower
         return [EAGER_FUSED, COMPILE_FUSED, COMPILE_WHOLE, MILLRACE]
-    chosen = [EAGER, EAGER_FUSED, COMPILE, COMPILE_FUSED, COMPILE_WHOLE, MILLRACE]
+    chosen = [EAGER, EAGER_FUSED, COMPILE_FUSED, COMPILE_WHOLE, MILLRACE]
     chosen.append(COMPILE_GRAPHS if cuda else EAGER_FOREACH)  # foreach is what eager does by default on a GPU
     counts = (1, workload.steps_per_call) if workload.steps_per_call > 1 else (1,)
     for steps in counts:
@@ -112,8 +112,11 @@ def first_step_peers(*, jax: str | None, tf: str | None) -> list[PeerSpec]:
 
 
 def select(specs: Sequence[PeerSpec], names: Sequence[str]) -> list[PeerSpec]:
-    """Those of `specs` whose name or group is named; all of them without names."""
-    return [spec for spec in specs if not names or spec.name in names or spec.group in names]
+    """Those of `specs` that are named; all of them without names. Exits when none is."""
+    chosen = [spec for spec in specs if not names or spec.name in names]
+    if not chosen:
+        raise SystemExit(f"no peer is called {', '.join(names)}; here there are {', '.join(s.name for s in specs)}")
+    return chosen
 
 
 def _interpreter(environment: str) -> str:
