@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bench.catalogue import FIT, FIT_WARM, GROUPS, MILLRACE
+from bench.catalogue import FIT, FIT_WARM, GROUPS, MILLRACE, OURS
 from bench.workloads import PRECISIONS, WORKLOADS
 
 BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
@@ -76,12 +76,18 @@ def first_step_rows(figures: Sequence[Figure]) -> Rows:
 
 
 def memory_rows(figures: Sequence[Figure]) -> Rows:
-    """One row for each workload and precision; first the header. Peers in their ordinary way, one step per call."""
-    measured = [f for f in figures if f["kind"] == "step" and MILLRACE.name in f["peers"]]
-    titles = {MILLRACE.name: "millrace", **_TITLES}
-    columns = [name for name in titles if any(_cell(f, name) != "-" for f in measured)]
-    rows = [["model", "precision", *(titles[name] for name in columns)]]
-    return rows + [[f["title"], f["precision"], *(_cell(f, name) for name in columns)] for f in measured]
+    """One row for each workload and precision, of the variants that step times are compared with; first the header."""
+    measured = [f for f in figures if f["kind"] == "step" and MILLRACE.name in f["ratios"]]
+    chosen = [
+        {OURS: MILLRACE.name} | {group: ratio["variant"] for group, ratio in f["ratios"][MILLRACE.name].items()}
+        for f in measured
+    ]
+    titles = {OURS: "millrace", **_TITLES}
+    groups = [group for group in titles if any(group in variants for variants in chosen)]
+    rows = [["model", "precision", *(titles[group] for group in groups)]]
+    for figure, variants in zip(measured, chosen, strict=True):
+        rows.append([figure["title"], figure["precision"], *(_memory(figure, variants.get(g, "")) for g in groups)])
+    return rows
 
 
 def markdown(rows: Rows) -> str:
@@ -114,7 +120,7 @@ def _machine(machine: Mapping[str, Any], figures: Sequence[Figure]) -> str:
     return f"{where}\n\n{tables(figures, markdown)}"
 
 
-def _cell(figure: Figure, name: str) -> str:
+def _memory(figure: Figure, name: str) -> str:
     memory = figure["peers"].get(name, {}).get("memory")
     if not memory:
         return "-"
