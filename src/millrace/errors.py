@@ -4,12 +4,12 @@
     ├── TraceError            a step function cannot become a graph: names the user's line and the way out
     ├── GraphError            a graph breaks an invariant, or a graph file is damaged
     ├── FetchError            an unknown fetch or variable name
-    ├── FeedError             a batch does not fit what the graph was traced for
+    ├── FeedError             a batch does not fit what the graph was traced for (shape, dtype, labels out of range)
     ├── CompileError          a piece could not be compiled (never fatal under "tiered": the piece stays eager)
     ├── CheckpointError       a checkpoint cannot be written, is damaged, or belongs to another model
     │   └── DamagedCheckpointError  a file of it is missing, truncated or altered: an older one can still serve
     ├── DataError             a data set is empty, ends early, or holds something unreadable
-    ├── StepError             a step failed while it ran (a label out of range, …): names the node and the line
+    ├── StepError             a step failed while it ran (an operator refused its inputs): names the node and the line
     ├── NonFiniteError        a value became NaN or infinite; names the first node that made it
     ├── RunDirectoryError     a run directory is in use, or holds something else
     └── SettingError          a setting has the wrong name or type
