@@ -26,6 +26,9 @@ Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | Non
 # A tensor or nested tuples, lists and dicts of tensors; the user's loss takes it apart, so Any is its honest type.
 Batch: TypeAlias = Any
 
+START: Mapping[str, Json] = {"epoch": 0, "batch": 0, "handed_out": 0}
+"""Position zero of every source, for `seek`."""
+
 
 class Batches(abc.ABC):
     """Batches, epoch after epoch, with a position that can be saved and sought."""

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from millrace.data.batches import START, Batches
+from millrace.data.iterables import OnceBatches
 from millrace.data.sources import as_batches
-from millrace.errors import SettingError, did_you_mean
+from millrace.errors import DataError, SettingError, did_you_mean
 from millrace.graph.training import Loss, UpdateRule, training_graph
 from millrace.optim.optimizer import Optimizer
 from millrace.train.callbacks import Callback, CallbackList
@@ -44,7 +46,8 @@ def fit(
 
     The step is traced once into a graph, runs eagerly at once and compiled as soon as Inductor is done. A run
     directory keeps settings, metrics, events for TensorBoard and checkpoints. Ctrl-C ends the run after the present
-    step and saves; `resume=True` with the same `run_dir` goes on bit for bit.
+    step and saves; `resume=True` with the same `run_dir` goes on bit for bit, given the same model, data and optimizer;
+    `seed`, `accumulate` and `precision` stay those of the run, all other settings may change.
 
     Args:
         model: any `nn.Module`.
@@ -78,6 +81,7 @@ def fit(
     """
     started_s = time.monotonic()
     plan = _plan(settings)
+    recorded = plan.as_config()
     if isinstance(optimizer, Optimizer) and plan.accumulate > 1:
         optimizer, plan = replace(optimizer, accumulate=plan.accumulate), replace(plan, accumulate=1)
     if isinstance(optimizer, Optimizer) and plan.schedule is not None:
@@ -85,16 +89,16 @@ def fit(
     if plan.early_stopping is not None and validation is None:
         raise SettingError("early_stopping watches the evaluation: pass validation=…, the data to evaluate on")
     batches = as_batches(data, batch_size=batch_size, seed=plan.seed)
-    held_out = None
-    if validation is not None:
-        held_out = as_batches(validation, batch_size=batch_size, shuffle=False, drop_last=False)
+    held_out = None if validation is None else _held_out(validation, batch_size)
     if device is not None:
         _move(model, optimizer, device)
     model.train()
-    with _run_directory(plan, config) or nullcontext() as run:
+    with _run_directory(plan, {**(config or {}), "fit": recorded}) or nullcontext() as run:
         saver, resumed = _saver(plan, run, validated=held_out is not None)
         if resumed is not None:
             batches.seek(resumed[0].position)
+        elif batches.handed_out:
+            batches.seek(START)  # whoever has looked at the batches before, or trained on them
         progress = Progress(
             _total_steps(plan, batches.batches_per_epoch),
             first_step=resumed[0].step if resumed else 0,
@@ -135,15 +139,26 @@ def _plan(settings: Mapping[str, Any]) -> Plan:
     return Plan(**settings)
 
 
-def _run_directory(plan: Plan, config: Mapping[str, Any] | None) -> RunDirectory | None:
+def _run_directory(plan: Plan, config: Mapping[str, Any]) -> RunDirectory | None:
     if plan.run_dir is False:
         return None
-    everything = {**(config or {}), "fit": plan.as_config()}
-    exist = "resume" if plan.resume else "new"
     if plan.run_dir is True:
-        return RunDirectory.create(config=everything)
+        return RunDirectory.create(config=config)
     path = Path(plan.run_dir).resolve()
-    return RunDirectory.create(path.parent, path.name, everything, exist)  # type: ignore[arg-type]
+    if not plan.resume:
+        return RunDirectory.create(path.parent, path.name, config)
+    plan.refuse_changes(RunDirectory.open(path).config.get("fit", {}))
+    return RunDirectory.create(path.parent, path.name, config, "resume")
+
+
+def _held_out(validation: Any, batch_size: int | None) -> Batches:
+    batches = as_batches(validation, batch_size=batch_size, shuffle=False, drop_last=False)
+    if isinstance(batches, OnceBatches):
+        raise DataError(
+            f"validation is {batches.name}, which can be read only once, but every evaluation reads it whole. Give a "
+            "list, a DataLoader, or a function that makes a fresh iterator."
+        )
+    return batches
 
 
 def _saver(plan: Plan, run: RunDirectory | None, *, validated: bool) -> tuple[Saver | None, tuple[Place, Path] | None]:
@@ -163,7 +178,11 @@ def _total_steps(plan: Plan, per_epoch: int | None) -> int | None:
 
 def _move(model: nn.Module, optimizer: Any, device: str | torch.device) -> None:
     """Move the model; `nn.Module.to` keeps the parameters' identity, which a torch optimizer relies on."""
-    model.to(device)
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:  # an assertion where torch was built without CUDA
+        reason = str(error).partition("\n")[0]
+        raise SettingError(f"device={device!r}: the model cannot be moved there: {reason}") from error
     if isinstance(optimizer, torch.optim.Optimizer):
         for state in optimizer.state.values():
             for key, value in state.items():

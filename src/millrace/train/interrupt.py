@@ -21,7 +21,8 @@ class Interruptible:
     def __enter__(self) -> Interruptible:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._saved[number] = signal.signal(number, self._note)
+                # None: a handler that was not set from Python, which cannot be put back.
+                self._saved[number] = signal.signal(number, self._note) or signal.SIG_DFL
         return self
 
     def __exit__(

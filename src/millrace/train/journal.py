@@ -33,7 +33,8 @@ class Journal:
         """Open the events: the graph goes in at the start of a run, not again when it is resumed."""
         if self._run is None:
             return
-        self._events = EventWriter(self._run.events, resume_step=resumed_step)
+        # 0 also when nothing is resumed: a run killed before its first checkpoint has left events of its first steps.
+        self._events = EventWriter(self._run.events, resume_step=resumed_step or 0)
         if resumed_step is None:
             self._events.graph(node_views(graph))
 

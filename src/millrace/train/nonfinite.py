@@ -1,4 +1,4 @@
-"""Why a loss is not finite: go back to the last checkpoint, repeat the steps since, and look at the bad one closely."""
+"""Why a loss or a weight is not finite: go back to the last checkpoint, repeat the steps since, look closely."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from millrace.data.batches import Batches
 from millrace.errors import MillraceError
 from millrace.graph.graph import TRAIN
+from millrace.graph.signature import Role
 from millrace.runtime.checkpoint import VARIABLES, Checkpoints
 from millrace.runtime.session import Session
 
@@ -19,15 +20,26 @@ _ADVICE = (
 )
 
 
+def nonfinite_parameter(session: Session) -> str | None:
+    """The first of the parameters being trained that holds a NaN or an infinity, or None."""
+    trained = [v.name for v in session.graph.variables if v.role is Role.PARAMETER and v.name in session.graph.updates]
+    if not trained:
+        return None
+    tensors = [session.variables[name] for name in trained]
+    # One wait for the device instead of one for each.
+    finite = torch.stack([torch.isfinite(tensor).all().to(tensors[0].device) for tensor in tensors]).tolist()
+    return None if all(finite) else trained[finite.index(False)]
+
+
 def explain_nonfinite(
-    session: Session, checkpoints: Checkpoints | None, batches: Batches, step: int, loss: float, calls: Sequence[Any]
+    session: Session, checkpoints: Checkpoints | None, batches: Batches, step: int, what: str, calls: Sequence[Any]
 ) -> str:
-    """A message that names the first node to make a NaN or an infinity.
+    """A message that names the first node to make a NaN or an infinity. `what` was found after step `step`.
 
     The variables have the bad update already. Where there is a checkpoint, the steps since are repeated, and the
     variables (so the user's module, too) are left as they were before the bad step.
     """
-    head = f"the loss became {loss} at step {step}"
+    head = f"{what} at step {step}"
     try:
         found = _repeat(session, checkpoints, batches, step) if checkpoints is not None else None
     except (MillraceError, RuntimeError, OSError) as error:
@@ -44,7 +56,8 @@ def explain_nonfinite(
         head += " (it did not when the steps were repeated from the last checkpoint)"
     where = next((text for batch in calls if (text := session.first_nonfinite(batch))), "")
     detail = f"\n  With the variables as they are now: {where}" if where else ""
-    return f"{head}.{detail}\n{_ADVICE}"
+    kept = "" if checkpoints is not None else "\n  A run with a run directory (run_dir=…) goes back and finds the node."
+    return f"{head}.{detail}\n{_ADVICE}{kept}"
 
 
 def _repeat(session: Session, checkpoints: Checkpoints, batches: Batches, step: int) -> tuple[str, int] | None:
@@ -58,7 +71,10 @@ def _repeat(session: Session, checkpoints: Checkpoints, batches: Batches, step: 
     now = found.step
     for batch in batches.until(batches=step):
         now += 1
-        if not bool(torch.isfinite(session.run("loss", batch))) or now == step:
+        before = {name: tensor.clone() for name, tensor in session.variables.items()}
+        loss = session.run([TRAIN, "loss"], batch)[1]
+        if now == step or not bool(torch.isfinite(loss)) or nonfinite_parameter(session) is not None:
+            for name, tensor in before.items():
+                session.assign(name, tensor)
             return session.first_nonfinite(batch), now
-        session.run([TRAIN], batch)
     return "", step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,8 @@ from millrace.compile.tiered import TIERS
 from millrace.errors import SettingError, did_you_mean
 from millrace.graph.training import PRECISIONS
 from millrace.train.early_stopping import EarlyStopping
+
+FIXED = ("seed", "accumulate", "precision")  # of a run: resumed, it keeps them
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,13 @@ class Plan:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise SettingError(f"{name}={value!r}: expected a whole number of at least 1")
+        for name, least in (("keep_last", 1), ("keep_best", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise SettingError(f"{name}={value!r}: expected a whole number of at least {least}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise SettingError(f"seed={self.seed!r}: expected a whole number")
+        self._check_objects()
         for name, known in (("compile", TIERS), ("precision", tuple(PRECISIONS)), ("mode", ("min", "max"))):
             if getattr(self, name) not in known:
                 raise SettingError(
@@ -59,6 +68,26 @@ class Plan:
                 )
         if self.resume and isinstance(self.run_dir, bool):
             raise SettingError("resume=True needs the run to go on with: pass run_dir='runs/…'")
+
+    def _check_objects(self) -> None:
+        if not isinstance(self.early_stopping, EarlyStopping | None):
+            raise SettingError(
+                f"early_stopping={self.early_stopping!r}: expected an EarlyStopping, such as EarlyStopping(patience=3)"
+            )
+        if not isinstance(self.run_dir, str | Path | bool):
+            raise SettingError(f"run_dir={self.run_dir!r}: expected a path, True for a new one, or False for none")
+        if self.schedule is not None and not callable(self.schedule):
+            raise SettingError(f"schedule={self.schedule!r}: expected a function from the step to a factor")
+
+    def refuse_changes(self, before: Mapping[str, Any]) -> None:
+        """Raise SettingError where a run that goes on would become another; `before` is its `as_config`."""
+        for name in FIXED:
+            now, then = getattr(self, name), before.get(name)
+            if then is not None and now != then:
+                raise SettingError(
+                    f"{name} was {then!r} when the run was started, and cannot become {now!r} half-way. Resume with "
+                    f"{name}={then!r}, or start a new run."
+                )
 
     def as_config(self) -> dict[str, Any]:
         """The settings as JSON values, for config.json."""

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from millrace.runtime.checkpoint import VARIABLES, Checkpoints
+from millrace.errors import CheckpointError, SettingError, did_you_mean
+from millrace.runtime.checkpoint import VARIABLES, Checkpoint, Checkpoints
 from millrace.runtime.commit import Digest
 from millrace.runtime.manifest import Json
 from millrace.runtime.save_nodes import SAVE
@@ -41,7 +42,7 @@ class Saver:
         self, run: RunDirectory, *, keep_last: int, keep_best: int, monitor: str, mode: Literal["min", "max"]
     ) -> None:
         self._run = run
-        self._monitor = monitor
+        self._monitor, self._keep_best = monitor, keep_best
         self._session: Session | None = None
         self.checkpoints = Checkpoints(
             run.checkpoints, keep_last=keep_last, keep_best=keep_best, best=mode, write=self._write, read=_only_verify
@@ -55,15 +56,10 @@ class Saver:
         What the run left behind after that step is removed, since it will happen again.
         """
         if not self.checkpoints.steps():
+            self._run.rewind(0)
             return None
         found = self.checkpoints.load()
-        place = Place(
-            found.step,
-            found.extra["position"],
-            found.extra["evaluated_step"],
-            found.extra["evaluation"],
-            StoppingState.from_json(found.extra["early_stopping"]),
-        )
+        place = _place_of(found)
         self.checkpoints.rewind(found.step)
         self._run.rewind(found.step)
         self._last = (place.step, place.evaluated_step)
@@ -86,6 +82,14 @@ class Saver:
         self._last, self._last_s = (place.step, place.evaluated_step), time.monotonic()
         return self._run.checkpoints / f"step-{place.step:08d}"
 
+    def check_monitored(self, evaluation: Mapping[str, float]) -> None:
+        """Raise SettingError when the evaluation lacks what the best checkpoints are chosen by."""
+        if self._keep_best and self._monitor not in evaluation:
+            raise SettingError(
+                f"monitor={self._monitor!r}: evaluation gives no such value, so the best checkpoint cannot be told. "
+                + did_you_mean(self._monitor, list(evaluation))
+            )
+
     @property
     def age_s(self) -> float:
         """Seconds since the last save."""
@@ -98,6 +102,22 @@ class Saver:
     def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> Digest:
         assert self._session is not None
         return self._session.side(SAVE).write(path, tensors)
+
+
+def _place_of(found: Checkpoint) -> Place:
+    try:
+        return Place(
+            found.step,
+            found.extra["position"],
+            found.extra["evaluated_step"],
+            found.extra["evaluation"],
+            StoppingState.from_json(found.extra["early_stopping"]),
+        )
+    except (LookupError, TypeError) as error:
+        raise CheckpointError(
+            f"{found.path} does not say where in its data the run was: expected what fit saves, got "
+            f"{sorted(found.extra)}. It holds variables all the same: load them, and start a new run."
+        ) from error
 
 
 def _only_verify(path: Path, expected: Digest | None) -> dict[str, Tensor]:

@@ -13,14 +13,14 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from millrace.data.batches import Batches
-from millrace.errors import NonFiniteError
+from millrace.errors import FeedError, NonFiniteError
 from millrace.graph.graph import TRAIN, Graph
 from millrace.runtime.session import Session
 from millrace.train.callbacks import CallbackList
 from millrace.train.evaluation import examples_in
 from millrace.train.interrupt import Interruptible
 from millrace.train.journal import Journal
-from millrace.train.nonfinite import explain_nonfinite
+from millrace.train.nonfinite import explain_nonfinite, nonfinite_parameter
 from millrace.train.plan import Plan
 from millrace.train.result import Result
 from millrace.train.run_directory import RunDirectory
@@ -95,6 +95,9 @@ class Trainer:
             outcome = "finished" if self._signals.asked is None else "interrupted"
         except BaseException as error:
             outcome = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            if outcome == "interrupted" and self.directory is not None:
+                where = f"run_dir={str(self.directory)!r}, resume=True"
+                error.add_note(f"To go on from the last checkpoint: {where}")
             for problem in self._close(outcome):
                 error.add_note(f"While the run was ended: {type(problem).__name__}: {problem}")
             raise
@@ -123,7 +126,11 @@ class Trainer:
         while not self._over() and not self._complete():
             epoch = self._batches.epoch
             for calls in self._calls():
-                self._take(calls)
+                try:
+                    self._take(calls)
+                except FeedError as error:  # found before anything ran
+                    self._save_before_failing(error)
+                    raise
                 self._do_what_is_due(epoch_ended=False)
                 if self._over():
                     return
@@ -134,9 +141,12 @@ class Trainer:
             if self._batches.epoch > epoch:
                 self._do_what_is_due(epoch_ended=True)
 
+    def _wanted_to_end(self) -> bool:
+        return self._stop or self._signals.asked is not None
+
     def _over(self) -> bool:
         """Whether someone wants the run to end, and every batch that was read has been trained on."""
-        return (self._stop or self._signals.asked is not None) and self._batches.handed_out == self.step
+        return self._wanted_to_end() and self._batches.handed_out == self.step
 
     def _complete(self) -> bool:
         steps, epochs = self.plan.steps, self.plan.epochs
@@ -159,7 +169,7 @@ class Trainer:
                 group = []
             group.append(batch)
             full = len(group) == self.plan.steps_per_call or self._session is None
-            if full or self._falls_due(self._batches.handed_out):
+            if full or self._wanted_to_end() or self._falls_due(self._batches.handed_out):
                 yield group
                 group = []
         if group:
@@ -210,9 +220,18 @@ class Trainer:
             assert self._session is not None
             self._journal.log(self.step - 1)
             checkpoints = self._saver.checkpoints if self._saver is not None else None
+            what = f"the loss became {float(loss)}"
             raise NonFiniteError(
-                explain_nonfinite(self._session, checkpoints, self._batches, self.step, float(loss), calls)
+                explain_nonfinite(self._session, checkpoints, self._batches, self.step, what, calls)
             )
+
+    def _check_parameters(self) -> None:
+        """So that no checkpoint, and no finished run, holds a NaN: the loss that shows it may come a step later."""
+        if self._session is None or (name := nonfinite_parameter(self._session)) is None:
+            return
+        checkpoints = self._saver.checkpoints if self._saver is not None else None
+        what = f"the parameter {name!r} is no longer finite, though the loss still is,"
+        raise NonFiniteError(explain_nonfinite(self._session, checkpoints, self._batches, self.step, what, ()))
 
     # -- what falls due ------------------------------------------------------------------------------------------
 
@@ -220,6 +239,8 @@ class Trainer:
         self._announce_checkpoints()
         if self._batches.handed_out != self.step:
             return  # a batch of another shape was read ahead; nothing falls due before it has been trained on
+        if self._session is None:
+            self._begin_at_rest()  # it was saved after the last step of an epoch, whose end has only been read now
         if self._is_due(self.plan.evaluate_every, epoch_ended):
             self._evaluate()
         long_ago = self.plan.checkpoint_every is None and self._saver and self._saver.age_s > _LONGEST_UNSAVED_S
@@ -232,10 +253,16 @@ class Trainer:
     def _evaluate(self) -> None:
         if self._evaluate_all is None or self._place.evaluated_step == self.step:
             return
-        with self._journal.paused():
-            values = self._evaluate_all()
+        try:
+            with self._journal.paused():
+                values = self._evaluate_all()
+        except Exception as error:
+            self._save_before_failing(error)
+            raise
         self._place = replace(self._place, evaluated_step=self.step, evaluation=values)
         self._journal.evaluation(self.step, values)
+        if self._saver is not None:
+            self._saver.check_monitored(values)
         if self.plan.early_stopping is not None:
             rule = self.plan.early_stopping
             decision = rule.observe(self._place.stopping, rule.value_in(values), self.step)
@@ -255,6 +282,7 @@ class Trainer:
     def _save(self) -> None:
         if self._saver is None or self._session is None:
             return
+        self._check_parameters()
         position = self._batches.position() if self.step else self._place.position
         self._place = replace(self._place, position=position)
         path = self._saver.save(self._session, self._place)
@@ -271,6 +299,10 @@ class Trainer:
         if self._session is None or self._saver is None:
             return
         try:
+            if self._batches.handed_out != self.step:  # the batches that do not fit were handed out already
+                self._batches.seek(self._place.position)
+                for _ in self._batches.until(batches=self.step):
+                    pass
             self._save()
             self._saver.wait()
         except Exception as problem:
@@ -292,6 +324,10 @@ class Trainer:
             self._save()  # a NaN in the first epoch is explained from here
         return session
 
+    def _begin_at_rest(self) -> None:
+        """Begin without training on anything: a resumed run that first evaluates, or had reached its end already."""
+        self._begin(next(self._batches.one_pass()))
+
     def _restore(self, session: Session, variables: Path) -> None:
         rates = {name: session.read(name) for name in session.variables if name.endswith("/lr")}
         session.restore(variables)
@@ -304,9 +340,9 @@ class Trainer:
     def _finish(self) -> None:
         """Evaluate and save once more, unless that has just been done."""
         if self._session is None and self._signals.asked is None:
-            # A resumed run that had reached its end: nothing is left to do, but its weights are wanted all the same.
-            self._begin(next(self._batches.one_pass()))
+            self._begin_at_rest()  # nothing is left to do, but the weights are wanted all the same
         self._journal.log(self.step)
+        self._check_parameters()
         if self._signals.asked is None:
             self._evaluate()
         self._save()
