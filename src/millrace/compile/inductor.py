@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from millrace.compile.artifacts import artifact_path
+from millrace.compile.artifacts import artifact_path, cache_directory, read_artifact, write_artifact
 from millrace.compile.eager import Compiled
 from millrace.compile.inductor_private import Artifact, compile_module, has_cpp_compiler
+from millrace.compile.layout import feed_strides
 from millrace.compile.lower import lowered
-from millrace.errors import CompileError
+from millrace.errors import CompileError, GraphError
 from millrace.graph.graph import Graph
 
 log = logging.getLogger(__name__)
@@ -27,21 +29,52 @@ def compile_inductor(graph: Graph) -> Compiled:
 
     Raises: CompileError with one line that says why.
     """
-    path = artifact_path(graph)
-    artifact = _load(path)
-    module, constants = lowered(graph)
-    if artifact is None:
-        artifact = _compile(module)
-        _save(artifact, path)
-    return _callable(artifact, constants, len(graph.fetches))
+    path = _path(graph)
+    artifact = None if path is None else _load(path)
+    try:
+        module, constants = lowered(graph)
+        if artifact is None:
+            artifact = _compile(module, graph)
+            if path is not None:
+                _save(artifact, path)
+    except CompileError:
+        raise
+    except Exception as error:
+        raise CompileError(f"Inductor failed: {one_line(error)}") from error
+    return _callable(artifact, graph, constants)
+
+
+def load_cached(graph: Graph) -> Compiled | None:
+    """The compiled `graph` out of the cache; None when it is not there or cannot be used."""
+    path = _path(graph)
+    artifact = None if path is None else _load(path)
+    return None if artifact is None else _callable(artifact, graph, lowered(graph)[1])
 
 
 def is_cached(graph: Graph) -> bool:
-    """Whether `compile_inductor` would only have to load."""
-    return artifact_path(graph).exists()
+    """Whether the cache has a whole file for the compiled `graph`."""
+    path = _path(graph)
+    return path is not None and read_artifact(path) is not None
 
 
-def _callable(artifact: Artifact, constants: Sequence[Tensor], fetches: int) -> Compiled:
+def one_line(error: BaseException) -> str:
+    """What kind of error it is and the first line that it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else repr(error)
+
+
+def _path(graph: Graph) -> Path | None:
+    """None for a graph that has no name across processes: it is compiled, but not kept."""
+    try:
+        return artifact_path(graph)
+    except GraphError as error:
+        log.info("the compiled graph will not be cached: %s", error)
+        return None
+
+
+def _callable(artifact: Artifact, graph: Graph, constants: Sequence[Tensor]) -> Compiled:
+    fetches = len(graph.fetches)
+
     def run(variables: Sequence[Tensor], feeds: Sequence[Tensor]) -> list[Tensor]:
         with torch.no_grad():
             return list(artifact(*variables, *feeds, *constants))[:fetches]
@@ -49,36 +82,37 @@ def _callable(artifact: Artifact, constants: Sequence[Tensor], fetches: int) -> 
     return run
 
 
-def _compile(module: GraphModule) -> Artifact:
+def _compile(module: GraphModule, graph: Graph) -> Artifact:
     if not has_cpp_compiler():
         raise CompileError(NO_COMPILER)
-    inputs = [_example(node.meta["val"]) for node in module.graph.find_nodes(op="placeholder")]
+    fakes = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+    strides = [fake.stride() for fake in fakes]
+    first = len(graph.variables)
+    strides[first : first + len(graph.feeds)] = feed_strides(graph)
+    # Real tensors of that layout; compiling reads their metadata, not their values.
+    inputs = [
+        torch.empty_strided(f.shape, s, dtype=f.dtype, device=f.device) for f, s in zip(fakes, strides, strict=True)
+    ]
+    return compile_module(module, inputs, {}, cache_directory() / "inductor")
+
+
+def _load(path: Path) -> Artifact | None:
+    content = read_artifact(path)
+    if content is None:
+        return None
     try:
-        return compile_module(module, inputs, {})
-    except Exception as error:
-        first = (str(error).strip() or repr(error)).splitlines()[0]
-        raise CompileError(f"Inductor failed: {type(error).__name__}: {first[:300]}") from error
-
-
-def _example(fake: Tensor) -> Tensor:
-    """A real tensor of that layout; compiling reads its metadata, not its values."""
-    return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
-
-
-def _load(path: os.PathLike[str]) -> Artifact | None:
-    try:
-        return Artifact.load(path) if os.path.exists(path) else None  # type: ignore[arg-type]
-    except Exception as error:  # a damaged or foreign file is only a cache miss
-        log.info("compiled artifact %s cannot be read (%s); compiling anew", path, error)
+        return Artifact.from_bytes(content, path.parent / "inductor")
+    except Exception as error:  # its kernels may be gone, and no compiler there: only a cache miss
+        log.info("compiled artifact %s cannot be used (%s); compiling anew", path, one_line(error))
         return None
 
 
-def _save(artifact: Artifact, path: os.PathLike[str]) -> None:
-    temporary = f"{path}.{os.getpid()}"
-    try:
-        artifact.save(temporary)  # type: ignore[arg-type]
-        os.replace(temporary, path)
-    except Exception as error:  # control flow cannot be saved, a disk may be full: the artifact in hand still runs
-        log.info("compiled artifact was not cached: %s", error)
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+def _save(artifact: Artifact, path: Path) -> None:
+    # Control flow cannot be saved, a disk may be full: the artifact in hand still runs.
+    with contextlib.suppress(OSError):
+        try:
+            content = artifact.to_bytes()
+        except Exception as error:
+            log.info("compiled graph cannot be cached: %s", one_line(error))
+            return
+        write_artifact(content, path)

@@ -5,7 +5,11 @@ Works with torch 2.11 to 2.13.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 Call = Callable[..., Any]
+_KERNELS = "TORCHINDUCTOR_CACHE_DIR"
+_lock = threading.RLock()  # of the environment variable
 
 
 class Artifact:
@@ -24,28 +30,44 @@ class Artifact:
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         return self._inner(*inputs)
 
-    def save(self, path: Path) -> None:
-        """Write one file that `load` reads in another process, without the model's code."""
-        self._inner.save(path=str(path), format="binary")
+    def to_bytes(self) -> bytes:
+        """What `from_bytes` reads in another process, without the model's code."""
+        with tempfile.TemporaryDirectory(prefix="millrace-artifact-") as directory:
+            path = Path(directory) / "artifact"
+            self._inner.save(path=str(path), format="binary")
+            return path.read_bytes()
 
     @classmethod
-    def load(cls, path: Path) -> Artifact:
-        """Read what `save` wrote. The file holds machine code and pickles: only for files this user's cache wrote."""
+    def from_bytes(cls, content: bytes, kernels: Path) -> Artifact:
+        """The inverse of `to_bytes`. It holds code and pickles: only for what this user's cache wrote.
+
+        Args: kernels: as for `compile_module`; what is missing there is compiled again.
+        """
         from torch._inductor.standalone_compile import CompiledArtifact  # Inductor takes a second to import
 
-        return cls(CompiledArtifact.load(path=str(path), format="binary"))
+        with tempfile.TemporaryDirectory(prefix="millrace-artifact-") as directory, _kernels_in(kernels):
+            path = Path(directory) / "artifact"
+            path.write_bytes(content)
+            return cls(CompiledArtifact.load(path=str(path), format="binary"))
 
 
-def compile_module(module: GraphModule, inputs: Sequence[Tensor], options: dict[str, Any]) -> Artifact:
-    """Compile with Inductor, through its caches. Raises whatever Inductor raises."""
+def compile_module(module: GraphModule, inputs: Sequence[Tensor], options: dict[str, Any], kernels: Path) -> Artifact:
+    """Compile with Inductor, through its caches in the directory `kernels`. Raises whatever Inductor raises."""
     import torch._inductor
 
-    with torch.no_grad():
+    with torch.no_grad(), _kernels_in(kernels):
         return Artifact(
             torch._inductor.standalone_compile(
                 module, list(inputs), dynamic_shapes="from_example_inputs", options=options
             )
         )
+
+
+def settings_digest() -> str:
+    """A hash of Inductor's settings, which the user or the environment may have changed."""
+    from torch._inductor import config
+
+    return config.get_hash().hex()
 
 
 def has_cpp_compiler() -> bool:
@@ -57,3 +79,29 @@ def has_cpp_compiler() -> bool:
     except Exception:
         return False
     return True
+
+
+@contextlib.contextmanager
+def _kernels_in(directory: Path) -> Iterator[None]:
+    """Inductor with its cache in `directory`, unless the user has chosen one.
+
+    Its own choice is under /tmp, where kernels do not outlast a restart of the machine, and where whoever comes first
+    owns the name.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    with _lock:
+        before = os.environ.get(_KERNELS)
+        # Inductor writes its default into the environment.
+        chosen = before is not None and os.path.abspath(before) != os.path.abspath(default_cache_dir())
+        if chosen:
+            yield
+            return
+        os.environ[_KERNELS] = str(directory)
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[_KERNELS]
+            else:
+                os.environ[_KERNELS] = before

@@ -17,6 +17,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from millrace.compile.cuda_graph import CapturedSteps
+from millrace.compile.layout import Stride, feed_strides, laid_out
 from millrace.compile.tiered import Runner, Say
 from millrace.errors import FeedError, FetchError, MillraceError, StepError, TraceError, did_you_mean
 from millrace.graph.graph import TRAIN, Graph
@@ -44,6 +45,7 @@ class _Program:
     graph: Graph
     fetches: tuple[str, ...]
     runner: Runner | CapturedSteps
+    strides: list[Stride]  # of the feeds
     ranges: tuple[Range, ...]  # of the labels and indices that it looks up
 
 
@@ -218,7 +220,7 @@ class Session:
         Changes no variable.
         """
         flat, graph, _ = self._flatten((TRAIN,), feed, steps=1)
-        return first_nonfinite(graph, list(self._variables.values()), flat)
+        return first_nonfinite(graph, list(self._variables.values()), laid_out(flat, feed_strides(graph)))
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -251,13 +253,14 @@ class Session:
             wanted = tuple(dict.fromkeys(name for name in names if name != TRAIN))
             part = sparse_rows(prune(graph, wanted, graph.updates if train else ()))
             whole = unroll(part, steps) if steps > 1 else part
-            known = _Program(whole, wanted, self._runner(part, whole, steps), feed_ranges(part))
+            runner = self._runner(part, whole, steps)
+            known = _Program(whole, wanted, runner, feed_strides(whole), feed_ranges(part))
             self._programs[(key, names, steps)] = known
         if known.ranges and feed is not None:
             # As they were handed in: what is on a GPU by now could not be read without waiting for it.
             given = flat if self._on_cpu else list(flatten_feed(feed)[0].values())
             check_ranges(known.ranges, given, steps)
-        return known, flat
+        return known, laid_out(flat, known.strides)
 
     def _runner(self, one: Graph, whole: Graph, steps: int) -> Runner | CapturedSteps:
         """For `steps` of the graph `one`, which are the graph `whole`: a GPU needs only one of them compiled."""
