@@ -13,18 +13,21 @@ import threading
 import time
 import weakref
 from pathlib import Path
+from typing import IO
 
 import torch
 
+from millrace.compile.artifacts import cache_directory
 from millrace.compile.eager import Compiled
-from millrace.compile.inductor import compile_inductor, is_cached
+from millrace.compile.inductor import compile_inductor, load_cached, one_line
 from millrace.compile.worker import UNKNOWN_OPERATOR
-from millrace.errors import CompileError
+from millrace.errors import CompileError, GraphError
 from millrace.graph.graph import Graph
 from millrace.graph.save import save_graph
 
 _TIME_LIMIT_S = 1800.0
-_running: weakref.WeakSet[subprocess.Popen[str]] = weakref.WeakSet()
+_running: weakref.WeakSet[subprocess.Popen[bytes]] = weakref.WeakSet()
+_turn = threading.Lock()  # one compilation at a time: training wants the other cores, and a child takes a lot of memory
 
 
 class BackgroundCompilation:
@@ -38,6 +41,8 @@ class BackgroundCompilation:
         self.result: Compiled | CompileError | None = None
         self.seconds = 0.0
         self._graph = graph
+        self._cancelled = threading.Event()
+        self._child: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(target=self._work, name="millrace-compile", daemon=True)
         self._thread.start()
 
@@ -46,59 +51,95 @@ class BackgroundCompilation:
         self._thread.join(timeout_s)
         return self.result
 
+    def cancel(self) -> None:
+        """End it, if it is not over, without waiting for that."""
+        self._cancelled.set()
+        if (child := self._child) is not None:
+            _kill(child)
+
     def _work(self) -> None:
         start = time.monotonic()
         try:
-            in_child = is_cached(self._graph) or _compile_in_child(self._graph)
-            del in_child  # either way the next call finds the cache filled, or compiles here
-            result: Compiled | CompileError = compile_inductor(self._graph)
+            result: Compiled | CompileError = load_cached(self._graph) or self._compiled()
         except CompileError as error:
             result = error
         except Exception as error:
-            result = CompileError(f"{type(error).__name__}: {error}")
+            result = CompileError(one_line(error))
         self.seconds = time.monotonic() - start
         self.result = result
 
+    def _compiled(self) -> Compiled:
+        with _turn:
+            self._stop_if_cancelled()
+            if load_cached(self._graph) is None:  # while this one waited, another may have compiled the same
+                self._compile_in_child()
+            self._stop_if_cancelled()
+            # The cache is filled, or only this process can compile it.
+            return compile_inductor(self._graph)
 
-def _compile_in_child(graph: Graph) -> bool:
-    """Whether the child filled the cache; False when only this process can (its operators are registered here).
+    def _stop_if_cancelled(self) -> None:
+        if self._cancelled.is_set():
+            raise CompileError("compilation was cancelled")
 
-    Raises: CompileError when the child says that it cannot be compiled at all.
-    """
-    with tempfile.TemporaryDirectory(prefix="millrace-compile-") as directory:
-        graph_file = Path(directory) / "step.graph"
-        save_graph(graph, graph_file)
-        worker = [sys.executable, "-m", "millrace.compile.worker"]
-        command = [*worker, str(graph_file), str(torch.get_num_threads()), str(os.getpid())]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        child = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # Ctrl-C is for the run; Inductor's own children end with the group
-        )
-        _running.add(child)
-        try:
-            _, errors = child.communicate(timeout=_TIME_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            _end(child)
-            raise CompileError(f"compilation took over {_TIME_LIMIT_S:.0f} s and was ended") from None
-        finally:
-            _running.discard(child)
-    if child.returncode == 0:
-        return True
-    if child.returncode == UNKNOWN_OPERATOR:
-        return False
-    last = (errors.strip() or f"exit status {child.returncode}").splitlines()[-1]
-    raise CompileError(last)
+    def _compile_in_child(self) -> None:
+        """Have a child fill the cache; it cannot where operators are registered in this process only.
+
+        Raises: CompileError when the child says that it cannot be compiled at all.
+        """
+        with tempfile.TemporaryDirectory(prefix="millrace-compile-") as directory:
+            graph_file, errors_file = Path(directory) / "step.graph", Path(directory) / "errors"
+            try:
+                save_graph(self._graph, graph_file)
+            except GraphError:
+                return
+            # No pipe: the child's own children could hold it open after its end.
+            with errors_file.open("wb") as errors:
+                self._child = child = _start(graph_file, errors)
+            _running.add(child)
+            try:
+                self._stop_if_cancelled()
+                child.wait(_TIME_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                raise CompileError(f"compilation took over {_TIME_LIMIT_S:.0f} s and was ended") from None
+            finally:
+                self._child = None
+                _end(child)
+                _running.discard(child)
+            said = errors_file.read_text(errors="replace").strip().splitlines()
+        if child.returncode < 0:
+            raise CompileError(
+                f"the compiling process was killed by signal {-child.returncode} "
+                f"({signal.Signals(-child.returncode).name}); was there too little memory?"
+            )
+        if child.returncode not in (0, UNKNOWN_OPERATOR):
+            raise CompileError(said[-1] if said else f"the compiling process ended with status {child.returncode}")
 
 
-def _end(child: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(ProcessLookupError):
+def _start(graph_file: Path, errors: IO[bytes]) -> subprocess.Popen[bytes]:
+    # -P: the working directory must not shadow modules that it does not shadow here.
+    worker = [sys.executable, "-P", "-m", "millrace.compile.worker"]
+    return subprocess.Popen(
+        [*worker, str(graph_file), str(torch.get_num_threads()), str(os.getpid())],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path if p),
+            "MILLRACE_CACHE": str(cache_directory().parent),
+        },
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=errors,
+        start_new_session=True,  # Ctrl-C is for the run; Inductor's own children end with the group
+    )
+
+
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    """The child and all its own children, which may outlive it."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    _kill(child)
     child.wait()
 
 
