@@ -92,8 +92,8 @@ def tf_functions(environment: str, steps: int = 1) -> list[PeerSpec]:
 def step_peers(workload: Workload, *, jax: str | None, tf: str | None, device: str) -> list[PeerSpec]:
     """The peers that a workload's step is measured with. Every one that can is there with several steps per call."""
     cuda = device.startswith("cuda")
-    if workload.large:  # copies of it fill the device; the other variants would only be slower
-        return [EAGER_FUSED, COMPILE_FUSED, COMPILE_WHOLE, MILLRACE]
+    if workload.large:  # three copies of it fill the device; the other variants would only be slower
+        return [COMPILE_FUSED, MILLRACE, EAGER_FUSED]
     chosen = [EAGER, EAGER_FUSED, COMPILE_FUSED, COMPILE_WHOLE, MILLRACE]
     chosen.append(COMPILE_GRAPHS if cuda else EAGER_FOREACH)  # foreach is what eager does by default on a GPU
     counts = (1, workload.steps_per_call) if workload.steps_per_call > 1 else (1,)

@@ -88,7 +88,6 @@ FORWARD: dict[str, Callable[..., jax.Array]] = {
     "mlp": mlp,
     "cnn": cnn,
     "transformer": transformer,
-    "gpt2": transformer,
     "lstm": lstm,
 }
 
@@ -141,15 +140,12 @@ def build(task: dict[str, Any]) -> Peer:
         arrays = channels_last(task["workload"], dict(stored), sizes)
     inputs, targets = (jnp.asarray(arrays.pop(f"batch/{name}")) for name in ("inputs", "targets"))
     weights = {name: jnp.asarray(array) for name, array in arrays.items()}
-    if sizes.get("tied"):
-        del weights["head.weight"]
     zeros = jax.tree.map(jnp.zeros_like, weights)
     state = (jnp.zeros(()), zeros, jax.tree.map(jnp.zeros_like, weights)) if task["optimizer"] == "adamw" else ()
     update = adamw if task["optimizer"] == "adamw" else sgd
 
     def loss_of(weights: Weights, inputs: jax.Array, targets: jax.Array) -> jax.Array:
-        tied = {"head.weight": weights["token.weight"]} if sizes.get("tied") else {}
-        return cross_entropy(forward(weights | tied, inputs, sizes, dtype), targets)
+        return cross_entropy(forward(weights, inputs, sizes, dtype), targets)
 
     def step(weights: Weights, state: Any, inputs: jax.Array, targets: jax.Array) -> Any:
         loss, gradients = jax.value_and_grad(loss_of)(weights, inputs, targets)

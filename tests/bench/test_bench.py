@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench.catalogue import EAGER, EAGER_FUSED, MILLRACE, OURS, PeerSpec, millrace_in_one_call, select, step_peers
+from bench.catalogue import EAGER, EAGER_FUSED, FIT, MILLRACE, OURS, PeerSpec, millrace_in_one_call, select, step_peers
 from bench.figures import disagreeing, first_step_figure, memory_of, paired_ratio, rounded, spread, step_figure
+from bench.first_step import first_steps
 from bench.race import Race, Samples, Settings, race, turns
 from bench.readme import BEGIN, END, between, markdown, plain, section, tables
 from bench.worker import PeerError, Worker
@@ -249,6 +250,15 @@ def test_a_silent_worker_is_given_up(tmp_path: Path) -> None:
         worker.answer(0.1)
 
 
+def test_a_first_step_is_timed_in_a_fresh_process_from_the_call_of_fit() -> None:
+    (fit,) = first_steps(WORKLOADS["mlp"], "float32", [FIT], Settings(threads=1, rounds=1)).samples.values()
+    assert fit.ready["steps"] == 1
+    assert fit.ready["loss"] == pytest.approx(math.log(10), abs=0.3)
+    assert [fit.ready["first_step_s"]] == fit.seconds
+    assert 0 < fit.seconds[0] < 60
+
+
+@pytest.mark.slow  # three processes that import torch, one of them compiles
 def test_a_quick_run_measures_the_same_work(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.setattr(command, "save", lambda *_: pytest.fail("a quick run keeps nothing"))
     status = command.main(
