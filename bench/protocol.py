@@ -13,7 +13,9 @@ import json
 import math
 import os
 import resource
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -47,6 +49,7 @@ def serve(build: Callable[[dict[str, Any]], Peer]) -> None:
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a library prints is no answer
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     task = json.loads(sys.argv[1])
     limit_processors(task["threads"])
     baseline_bytes = resident_bytes()
@@ -133,6 +136,13 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return
+
+
+def _end_with_parent(parent: int) -> None:
+    """End this process, and the compilers that it started, when its parent is gone: nobody would read its answers."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _status_bytes(key: str) -> int:

@@ -137,12 +137,16 @@ def _start(peers: Sequence[PeerSpec], task: Mapping[str, Any], result: Race, sta
 
     workers: dict[str, Worker] = {}
     with ThreadPoolExecutor(settings.starts) as pool:
-        for spec, (worker, ready) in zip(peers, pool.map(start, peers), strict=True):
-            if isinstance(ready, PeerError):
-                result.failed[spec.name] = str(ready)
-            else:
-                workers[spec.name] = worker
-                result.samples[spec.name] = Samples(spec, ready)
+        try:
+            for spec, (worker, ready) in zip(peers, pool.map(start, peers), strict=True):
+                if isinstance(ready, PeerError):
+                    result.failed[spec.name] = str(ready)
+                else:
+                    workers[spec.name] = worker
+                    result.samples[spec.name] = Samples(spec, ready)
+        except BaseException:  # Ctrl-C: those that are still starting would keep the pool, and us, waiting
+            stack.close()
+            raise
     return workers
 
 
