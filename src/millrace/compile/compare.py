@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,14 +22,14 @@ _TOLERANCE = {torch.float64: (1e-6, 1e-2), torch.float32: (1e-3, 0.1), torch.bfl
 class Movement:
     """What a step did to one variable."""
 
-    size: float  # of the variable before, as a vector
+    size: float  # of the variable before, as a vector of its finite elements
     distance: float  # from there to its new value; 0 for integers
 
 
 def movements(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Movement]:
     """Of every variable that a step updates, how far it went."""
     return [
-        Movement(_distance(old, torch.zeros_like(old)), _distance(old, new)) if _inexact(old) else Movement(0.0, 0.0)
+        Movement(_size(old), _distance(old, new)) if _inexact(old) else Movement(0.0, 0.0)
         for old, new in zip(before, after, strict=True)
     ]
 
@@ -62,7 +63,8 @@ def difference(
         if movement.distance == 0 and apart > 1e-5 * movement.size:
             return f"updated variable number {position}, which it left as it was"
         apart_2, moved_2, size_2 = apart_2 + apart**2, moved_2 + movement.distance**2, size_2 + movement.size**2
-    if not apart_2**0.5 <= update_tolerance * moved_2**0.5 + 1e-6 * size_2**0.5:
+    accepted = update_tolerance * moved_2**0.5 + 1e-6 * size_2**0.5
+    if not math.isfinite(apart_2) or apart_2**0.5 > accepted:
         return f"the updates by {(apart_2 / max(moved_2, 1e-60)) ** 0.5:.1e} of their size"
     return ""
 
@@ -102,7 +104,7 @@ def _fetch_difference(a: Tensor, b: Tensor, tolerance: float, counts: bool) -> s
         return ""
     if not _inexact(a):
         return "" if torch.equal(a, b) else f"({a.dtype})"
-    relative = _distance(a, b) / max(_distance(a, torch.zeros_like(a)), 1e-6)
+    relative = _distance(a, b) / max(_size(a), 1e-6)
     if relative <= tolerance or (not torch.isfinite(a).all() and not torch.isfinite(b).all()):
         return ""
     return f"by {relative:.1e} (relative)"
@@ -116,6 +118,14 @@ def _distance(a: Tensor, b: Tensor) -> float:
     """Euclidean; equal elements are at distance 0, infinite ones (a mask's) too."""
     if a.dtype.itemsize == 1:  # float8 has no arithmetic
         a, b = a.float(), b.float()
+    return _norm(torch.where(a == b, torch.zeros_like(a), a - b))
+
+
+def _size(a: Tensor) -> float:
+    a = a.float() if a.dtype.itemsize == 1 else a
+    return _norm(torch.where(torch.isfinite(a), a, torch.zeros_like(a)))
+
+
+def _norm(a: Tensor) -> float:
     wide = torch.complex128 if a.is_complex() else torch.float64
-    apart = torch.where(a == b, torch.zeros_like(a), a - b)
-    return float(torch.linalg.vector_norm(apart, dtype=wide)) if apart.numel() else 0.0
+    return float(torch.linalg.vector_norm(a, dtype=wide)) if a.numel() else 0.0

@@ -7,6 +7,8 @@ the variable's own memory (`p - lr * g` becomes `p.sub_(lr * g)`), so that no co
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
@@ -49,18 +51,11 @@ def _with_assignments(graph: Graph, *, reuse_memory: bool) -> GraphModule:
     fetched = [by_name[name] for name in graph.fetches.values()]
     updates = {inputs[variable]: by_name[name] for variable, name in graph.updates.items()}
     output = next(iter(module.graph.find_nodes(op="output")))
-    order = {node: position for position, node in enumerate(module.graph.nodes)}
-    copies: list[tuple[Node, Node]] = []
+    chains = _chains(module.graph, updates, set(fetched)) if reuse_memory else {}
+    copies = [(variable, value) for variable, value in updates.items() if variable not in chains]
+    for link in (link for chain in chains.values() for link in chain):
+        link.target = _IN_PLACE[link.target]  # type: ignore[index]
     with module.graph.inserting_before(output):
-        done: set[Node] = set()
-        for variable, value in updates.items():
-            chain = _chain(variable, value, order) if reuse_memory and value not in done else []
-            if chain and value not in fetched and _alone(variable, chain, order, updates):
-                for link in chain:
-                    link.target = _IN_PLACE[link.target]  # type: ignore[index]
-                done.add(value)
-            else:
-                copies.append((variable, value))
         # A fetch must outlast later steps, which write over every variable, also over those this part only reads; and
         # what the caller does to it must reach neither the batch nor a constant of the graph.
         kept = {node for node in module.graph.nodes if node.op in ("placeholder", "get_attr")}
@@ -75,14 +70,27 @@ def _with_assignments(graph: Graph, *, reuse_memory: bool) -> GraphModule:
     return module
 
 
-def _chain(variable: Node, value: Node, order: dict[Node, int]) -> list[Node]:
+def _chains(graph: torch.fx.Graph, updates: dict[Node, Node], fetched: set[Node]) -> dict[Node, list[Node]]:
+    """For every variable whose update can run in its own memory, the operators that do it, in order."""
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    users = Counter(updates.values())
+    found: dict[Node, list[Node]] = {}
+    for variable, value in updates.items():
+        chain = _chain(variable, value)
+        # The new value of two variables, or a result, needs memory of its own.
+        if chain and value not in fetched and users[value] == 1:
+            steps = zip([variable, *chain], chain, strict=False)
+            if all(_read_before(old, overwriting, order) for old, overwriting in steps):
+                found[variable] = chain
+    return found
+
+
+def _chain(variable: Node, value: Node) -> list[Node]:
     """The operators from `variable` to `value`, each on the first argument of the next; [] if there is none."""
     chain: list[Node] = []
     node = value
     while node is not variable:
-        if node.target not in _IN_PLACE or not isinstance(node.args[0], Node):
-            return []
-        if not _same(node, variable) or (chain and len(node.users) != 1):
+        if node.target not in _IN_PLACE or not isinstance(node.args[0], Node) or not _same(node, variable):
             return []
         if node.args[0] in pytree.tree_leaves((node.args[1:], node.kwargs)):
             return []  # p * p and p[[p]] = x read what they write; leave such things to the copy
@@ -96,22 +104,21 @@ def _same(node: Node, variable: Node) -> bool:
     return isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
-def _alone(variable: Node, chain: list[Node], order: dict[Node, int], updates: dict[Node, Node]) -> bool:
-    """Whether nothing reads the variable's old value, or a view of it, once the chain has begun to overwrite it."""
-    start = order[chain[0]]
-    waiting, seen = [variable], {variable}
+def _read_before(old: Node, overwriting: Node, order: dict[Node, int]) -> bool:
+    """Whether nothing else reads the value `old`, or a view of it, once `overwriting` has put the next one there."""
+    end = order[overwriting]
+    waiting, seen = [old], {old}
     while waiting:
         node = waiting.pop()
         for user in node.users:
-            if user is chain[0] and node is variable:
+            if user is overwriting and node is old:
                 continue
-            if user.op == "output" or order.get(user, start) >= start:
+            if user.op == "output" or order[user] >= end:
                 return False
             if user not in seen and _may_alias(user):
                 seen.add(user)
                 waiting.append(user)
-    # Another variable's update may be this one's old value; the output node above has caught that.
-    return chain[-1] not in [value for other, value in updates.items() if other is not variable]
+    return True
 
 
 def _may_alias(node: Node) -> bool:
