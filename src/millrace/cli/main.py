@@ -1,6 +1,6 @@
 """`millrace COMMAND …`: finds the command's file, calls it, and turns what goes wrong into one message and a status.
 
-Imports no torch, so that help is instant; the command's own file is imported when it is called.
+The command's own file is imported when it is called, so that a broken one leaves the others in order.
 """
 
 from __future__ import annotations

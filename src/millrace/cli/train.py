@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from millrace.cli.arguments import RUN_HELP, add_device, add_json, add_settings, parser, print_json
 from millrace.errors import MillraceError, SettingError
 from millrace.train.callbacks import Callback, RunView
+from millrace.train.run_directory import RunDirectory
+from millrace.zoo.base import Task
 from millrace.zoo.registry import check_name
 from millrace.zoo.run import Finished, configure, configure_again, find_run, train
 
@@ -28,31 +32,9 @@ millrace train --resume runs/digits-20260101-120000-abcd --set epochs=60     tra
 
 def main(arguments: list[str]) -> None:
     """Parse, train, print."""
-    options = parser("train", _DESCRIPTION, _EXAMPLES)
-    options.add_argument("task", nargs="?", metavar="TASK", help="one of `millrace tasks`; left out with --resume")
-    add_settings(options)
-    options.add_argument("--resume", metavar="RUN", help=f"go on with {RUN_HELP}")
-    options.add_argument("--run-dir", metavar="DIR", help="the run's own directory (default: a new one under runs/)")
-    add_device(options)
-    add_json(options)
-    options.add_argument("--quiet", action="store_true", help="show no progress")
-    given = options.parse_args(arguments)
-    if given.resume is None and given.task is None:
-        options.error("a TASK is needed (`millrace tasks` lists them), or --resume RUN")
-    if given.task is not None:
-        check_name(given.task)
-    resumed = None
-    if given.resume is None:
-        task = configure(given.task, given.assignments)
-    else:
-        if given.run_dir is not None:
-            options.error("--run-dir is for new runs; --resume RUN goes on in RUN")
-        resumed = find_run(given.resume)
-        task = configure_again(resumed, given.assignments)
-        if given.task not in (None, task.name()):
-            raise SettingError(
-                f"{resumed.path} is a run of {task.name()!r}, not of {given.task!r}: leave the task out."
-            )
+    given = _parsed(arguments)
+    resumed = None if given.resume is None else find_run(given.resume)
+    task = _task(given.task, given.assignments, resumed)
     watcher = _Watcher(quiet=given.quiet)
     try:
         finished = train(
@@ -69,21 +51,50 @@ def main(arguments: list[str]) -> None:
         if watcher.directory is not None:
             error.add_note(f"The run is in {watcher.directory}; to go on from its last checkpoint: {watcher.command()}")
         raise
-    _print(finished, task.metric)
+    _print(finished, task.metric, watcher)
     if given.json:
         print_json(finished.summary(task.name()))
 
 
+def _parsed(arguments: list[str]) -> argparse.Namespace:
+    options = parser("train", _DESCRIPTION, _EXAMPLES)
+    options.add_argument("task", nargs="?", metavar="TASK", help="one of `millrace tasks`; left out with --resume")
+    add_settings(options)
+    options.add_argument("--resume", metavar="RUN", help=f"go on with {RUN_HELP}")
+    options.add_argument("--run-dir", metavar="DIR", help="the run's own directory (default: a new one under runs/)")
+    add_device(options)
+    add_json(options)
+    options.add_argument("--quiet", action="store_true", help="show no progress")
+    given = options.parse_args(arguments)
+    if given.resume is None and given.task is None:
+        options.error("a TASK is needed (`millrace tasks` lists them), or --resume RUN")
+    if given.resume is not None and given.run_dir is not None:
+        options.error("--run-dir is for new runs; --resume RUN goes on in RUN")
+    return given
+
+
+def _task(name: str | None, assignments: list[str], resumed: RunDirectory | None) -> Task[Any]:
+    if name is not None:
+        check_name(name)
+    if resumed is None:
+        return configure(str(name), assignments)
+    task = configure_again(resumed, assignments)
+    if name not in (None, task.name()):
+        raise SettingError(f"{resumed.path} is a run of {task.name()!r}, not of {name!r}: leave the task out.")
+    return task
+
+
 class _Watcher(Callback):
-    """Says where the run is when it begins, and remembers it for the end."""
+    """Says where the run is when it begins, and remembers what to say when it ends."""
 
     def __init__(self, quiet: bool) -> None:
         self.directory: Path | None = None
+        self.first_step = 0  # steps done before
         self.saved_step: int | None = None
         self._quiet = quiet
 
     def on_start(self, run: RunView) -> None:
-        self.directory = run.directory
+        self.directory, self.first_step = run.directory, run.step
         if not self._quiet:
             print(f"run directory: {run.directory}", file=sys.stderr)
 
@@ -96,15 +107,22 @@ class _Watcher(Callback):
 
     def interrupted(self) -> str:
         """What to say after Ctrl-C."""
-        if self.directory is None or self.saved_step is None:
+        if self.directory is None:
             return "interrupted before the first step; nothing was trained"
+        if self.saved_step is None:
+            return f"interrupted; to go on from the last checkpoint:\n  {self.command()}"
         return f"interrupted; the run is saved at step {self.saved_step}. To go on:\n  {self.command()}"
 
 
-def _print(finished: Finished, metric: str) -> None:
-    result = finished.result
+def _print(finished: Finished, metric: str, watcher: _Watcher) -> None:
+    result, before = finished.result, watcher.first_step
     if finished.report:
         print(finished.report)
     others = ", ".join(f"{name} {value:.4g}" for name, value in finished.test.items() if name != metric)
     print(f"test {metric.replace('_', ' ')} {finished.test[metric]:.4f}" + (f" ({others})" if others else ""))
-    print(f"{result.steps} steps in {result.train_s:.1f} s; the run is in {result.run_dir}")
+    if before and result.steps == before:
+        longer = f"{watcher.command()} --set steps=… or epochs=…"
+        print(f"the run had reached its end before, at step {before}. To train it longer: {longer}")
+    else:
+        sofar = f" after the first {before}" if before else ""
+        print(f"{result.steps - before} steps{sofar} in {result.train_s:.1f} s; the run is in {result.run_dir}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,24 +127,25 @@ def train(
     torch.manual_seed(settings.seed)
     model = task.model(data.facts)
     config = {"task": task.name(), "settings": settings_to_json(settings), "facts": data.facts, "device": device}
-    result = fit(
-        model,
-        data.train,
-        loss=task.loss,
-        optimizer=task.optimizer(model, total_steps(settings, data)),
-        validation=data.validation,
-        callbacks=[*task.callbacks(model, data), *callbacks],
-        device=device,
-        config=config,
-        monitor=task.metric,
-        mode=task.better,
-        run_dir=run_dir if resume is None else resume.path,
-        resume=resume is not None,
-        progress=progress,
-        **_fit_settings(settings),
-    )
-    model.eval()
-    finished = Finished(result, task.evaluate(model, data.test), task.report(model, data))
+    with _threads(settings.threads):
+        result = fit(
+            model,
+            data.train,
+            loss=task.loss,
+            optimizer=task.optimizer(model, total_steps(settings, data)),
+            validation=data.validation,
+            callbacks=[*task.callbacks(model, data), *callbacks],
+            device=device,
+            config=config,
+            monitor=task.metric,
+            mode=task.better,
+            run_dir=run_dir if resume is None else resume.path,
+            resume=resume is not None,
+            progress=progress,
+            **_fit_settings(settings),
+        )
+        model.eval()
+        finished = Finished(result, task.evaluate(model, data.test), task.report(model, data))
     if result.run_dir is not None:
         write_atomically(result.run_dir / RESULT, encode_json(finished.summary(task.name())))
     return finished
@@ -226,8 +228,19 @@ def total_steps(settings: Settings, data: TaskData) -> int:
 
 def _fit_settings(settings: Settings) -> dict[str, Any]:
     """The settings that are `fit`'s own."""
-    common = (field for field in Settings.__dataclass_fields__ if field != "batch_size")
-    return {name: getattr(settings, name) for name in common}
+    others = ("batch_size", "threads")
+    return {name: getattr(settings, name) for name in Settings.__dataclass_fields__ if name not in others}
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Within, torch uses so many threads of the CPU; None leaves it to torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -4,8 +4,8 @@
     class DigitsSettings(Settings):
         width: int = setting(32, "channels of the first convolution", low=1)
 
-The type of a field decides how its text is read, so there is nothing else to declare. This file imports no torch: a
-wrong setting is found before anything heavy is loaded.
+The type of a field decides how its text is read, so there is nothing else to declare. All settings are checked as they
+are made: a wrong one is found before any data is read.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Settings:
         "tiered", "eager at once and compiled when ready, or one of the two", on_resume=True
     )
     steps_per_call: int = setting(1, "steps in one compiled call, for small models", low=1)
+    threads: int | None = setting(None, "of the CPU to train with; none takes one per core", low=1, on_resume=True)
     evaluate_every: int | None = setting(None, "steps between evaluations", low=1, on_resume=True)
     checkpoint_every: int | None = setting(None, "steps between checkpoints", low=1, on_resume=True)
 
