@@ -82,6 +82,8 @@ def fit(
     started_s = time.monotonic()
     plan = _plan(settings)
     recorded = plan.as_config()
+    if plan.resume:
+        plan.refuse_changes(RunDirectory.open(Path(str(plan.run_dir))).config.get("fit", {}))
     if isinstance(optimizer, Optimizer) and plan.accumulate > 1:
         optimizer, plan = replace(optimizer, accumulate=plan.accumulate), replace(plan, accumulate=1)
     if isinstance(optimizer, Optimizer) and plan.schedule is not None:
@@ -145,10 +147,7 @@ def _run_directory(plan: Plan, config: Mapping[str, Any]) -> RunDirectory | None
     if plan.run_dir is True:
         return RunDirectory.create(config=config)
     path = Path(plan.run_dir).resolve()
-    if not plan.resume:
-        return RunDirectory.create(path.parent, path.name, config)
-    plan.refuse_changes(RunDirectory.open(path).config.get("fit", {}))
-    return RunDirectory.create(path.parent, path.name, config, "resume")
+    return RunDirectory.create(path.parent, path.name, config, "resume" if plan.resume else "new")
 
 
 def _held_out(validation: Any, batch_size: int | None) -> Batches:

@@ -221,9 +221,7 @@ class Trainer:
             self._journal.log(self.step - 1)
             checkpoints = self._saver.checkpoints if self._saver is not None else None
             what = f"the loss became {float(loss)}"
-            raise NonFiniteError(
-                explain_nonfinite(self._session, checkpoints, self._batches, self.step, what, calls)
-            )
+            raise NonFiniteError(explain_nonfinite(self._session, checkpoints, self._batches, self.step, what, calls))
 
     def _check_parameters(self) -> None:
         """So that no checkpoint, and no finished run, holds a NaN: the loss that shows it may come a step later."""
