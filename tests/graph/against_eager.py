@@ -117,8 +117,12 @@ def assert_same_variables(runner: Runner, reference: Given, within: float | None
         got, want = runner.variables[variable.name], expected[variable.name].detach()
         assert got.shape == want.shape
         if within is not None and got.numel():
-            error = float((got.double() - want.double()).abs().max())
+            error = float((_wide(got) - _wide(want)).abs().max())
             assert error <= within, f"{variable.name} is off by {error:.2e}"
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_complex() else tensor.double()
 
 
 def training(

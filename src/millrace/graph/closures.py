@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch._higher_order_ops.partitioner
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._ops import HigherOrderOperator
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -67,7 +67,8 @@ def call_without_closures(operator: HigherOrderOperator, arguments: Sequence[Any
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_in((carried, constants))):
             raise TraceError(WHILE_WITH_GRADIENT)
         test, body = lifted.bodies
-        result = operator(lambda *flat: test(*flat)[0], body, carried, constants)
+        test.first_only = True
+        result = operator(test, body, carried, constants)
     else:
         return operator(*arguments)
     return pytree.tree_unflatten(list(result), lifted.nests[-1])
@@ -106,31 +107,6 @@ def _nested(body: Body, nest: Any) -> Body:
     return lambda *flat: body(*pytree.tree_unflatten(list(flat), nest))
 
 
-def give_bodies_own_outputs(module: GraphModule) -> None:
-    """Let no subgraph return an input itself or the same value twice, in place: functionalization refuses that.
-
-    torch 2.11 makes such bodies for the backward pass of scan.
-    """
-    for child in module.children():
-        if not isinstance(child, GraphModule):
-            continue
-        give_bodies_own_outputs(child)
-        output = next(iter(child.graph.find_nodes(op="output")))
-        seen: set[Node] = set()
-
-        def own(node: Node, graph: Graph = child.graph, seen: set[Node] = seen) -> Node:
-            if node.op in ("placeholder", "get_attr") or node in seen:
-                copied = graph.call_function(torch.ops.aten.clone.default, (node,))
-                copied.meta = dict(node.meta)
-                return copied
-            seen.add(node)
-            return node
-
-        with child.graph.inserting_before(output):
-            output.args = pytree.tree_map_only(Node, own, output.args)
-        child.recompile()
-
-
 class _Lifting:
     """Bodies that take what they reach outside (`extra`) as their last arguments and return tuples of tensors.
 
@@ -146,8 +122,11 @@ class _Lifting:
             self.nests.append(watch.nest)
         self.extra = list(outside.values())
         self.bodies = [_Lifted(body, self.extra) for body in bodies]
+        # Tried with other tensors in the place of those outside, to see that none of them is reached any more.
+        with disable_proxy_modes_tracing():
+            others = [tensor.detach() for tensor in self.extra]
         for lifted in self.bodies:
-            for tensor in _watched(name, lifted, [*inputs, *self.extra]).reached.values():
+            for tensor in _watched(name, lifted, [*inputs, *others]).reached.values():
                 if tensor.requires_grad:
                     raise TraceError(
                         f"the body of {name} reaches a tensor of shape {list(tensor.shape)} outside of it in a way "
@@ -206,18 +185,23 @@ class _Watch(TorchDispatchMode):
 
 
 class _Lifted:
-    """A body that takes the tensors it reached outside as its last arguments."""
+    """A body that takes the tensors it reached outside as its last arguments.
 
-    def __init__(self, body: Body, outside: Sequence[Tensor]) -> None:
-        self._body = body
-        self._outside = outside
+    first_only: return the first of the results alone, as the test of while_loop must.
+    """
 
-    def __call__(self, *arguments: Any) -> tuple[Any, ...]:
-        split = len(arguments) - len(self._outside)
-        standing_in = {id(old): new for old, new in zip(self._outside, arguments[split:], strict=True)}
+    def __init__(self, body: Body, outside: Sequence[Tensor], first_only: bool = False) -> None:
+        self.body = body
+        self.outside = outside
+        self.first_only = first_only
+
+    def __call__(self, *arguments: Any) -> Any:
+        split = len(arguments) - len(self.outside)
+        standing_in = {id(old): new for old, new in zip(self.outside, arguments[split:], strict=True)}
         with _Substituted(standing_in):
-            result = self._body(*arguments[:split])
-        return _without_aliases(result, list(tensors_in(arguments)))
+            result = self.body(*arguments[:split])
+        results = _without_aliases(result, list(tensors_in(arguments)))
+        return results[0] if self.first_only else results
 
 
 def _without_aliases(result: Any, inputs: list[Tensor]) -> tuple[Any, ...]:
@@ -238,11 +222,28 @@ def _without_aliases(result: Any, inputs: list[Tensor]) -> tuple[Any, ...]:
 
 
 class _Substituted(TorchFunctionMode):
-    """Gives other tensors to every call that uses certain tensors."""
+    """Gives other tensors to every call that uses certain tensors.
+
+    In a loop within a loop, the inner one's operand stands in for what the outer one's stands in for.
+    """
+
+    _entered: ClassVar[list[_Substituted]] = []
 
     def __init__(self, standing_in: dict[int, Tensor]) -> None:
         super().__init__()
-        self._standing_in = standing_in
+        outer: dict[int, Tensor] = self._entered[-1]._standing_in if self._entered else {}
+        self._standing_in: dict[int, Tensor] = {
+            old: standing_in.get(id(new), new) for old, new in outer.items()
+        } | standing_in
+
+    def __enter__(self) -> _Substituted:
+        self._entered.append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop()
+        super().__exit__(*error)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

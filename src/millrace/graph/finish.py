@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from millrace.graph.check import check
@@ -85,9 +86,12 @@ def _take_updates(graph: torch.fx.Graph, by_node: Mapping[Node, str]) -> dict[st
 
 
 def _strip(graph: torch.fx.Graph) -> None:
-    """Erase the profiler's marks, which optimizers leave."""
+    """Erase what computes nothing: the profiler's marks, which optimizers leave, and checks of values."""
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and any(mark in str(node.target) for mark in _PROFILER):
+        if node.op != "call_function":
+            continue
+        check_only = isinstance(node.target, OpOverload) and not node.target._schema.returns and not node.users
+        if check_only or any(mark in str(node.target) for mark in _PROFILER):
             graph.erase_node(node)
 
 

@@ -20,7 +20,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from millrace.graph.closures import give_bodies_own_outputs
+from millrace.graph.aliases import give_bodies_own_memory, is_view
 
 aten = torch.ops.aten
 _SAME = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}
@@ -39,7 +39,7 @@ def rerun(recorded: GraphModule) -> GraphModule:
     def interpret(*flat: Tensor) -> Any:
         return torch.fx.Interpreter(recorded).run(*flat, enable_io_processing=False)
 
-    give_bodies_own_outputs(recorded)
+    give_bodies_own_memory(recorded)
     # Inside the fake mode, so that nodes without inputs (zeros, arange) are fake as well.
     with detect_fake_mode(inputs) or contextlib.nullcontext():
         return make_fx(torch.func.functionalize(interpret, remove="mutations"), _allow_non_fake_inputs=True)(*inputs)
@@ -95,7 +95,7 @@ class _Renaming:
                 if source is None:
                     raise _NotSimpleError
                 return source
-            if source is not None and _is_view(node):
+            if source is not None and is_view(node):
                 return self._new_cell(source.memory)
             if isinstance(node.target, torch._ops.HigherOrderOperator):
                 raise _NotSimpleError
@@ -167,16 +167,6 @@ _BATCH_NORM = aten._native_batch_norm_legit.default
 
 def _mutates(node: Node) -> bool:
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
-
-
-def _is_view(node: Node) -> bool:
-    if node.target is operator.getitem:
-        parent = node.args[0]
-        return isinstance(parent, Node) and _is_view(parent)  # split and unbind return views
-    target = node.target
-    return isinstance(target, OpOverload) and (
-        target.is_view or any(result.alias_info is not None for result in target._schema.returns)
-    )
 
 
 def _functional(node: Node) -> OpOverload:

@@ -28,6 +28,11 @@ WHILE_WITH_GRADIENT = (
     "  Ways out: millrace.graph.scan over a fixed number of steps with a mask for those beyond the end, a Python `for` "
     "over a fixed range, or torch.no_grad() around it when no gradient is wanted."
 )
+PRINTED = (
+    "the step formats a tensor's value or hands it to NumPy, and a graph is made before values exist.\n"
+    "  Ways out: return the tensor from the step and print it after `run`, or look at it with `Session.watching`; "
+    "compute with torch's own operators; or register what you do as an operator, see docs/custom-ops.md."
+)
 WAYS_OUT = (
     "Ways out: return the tensor from the step and read it after `run`; use torch.where for a choice between values, "
     "torch.cond for a branch, millrace.graph.scan for a loop; use a mask instead of a selection of unknown size."

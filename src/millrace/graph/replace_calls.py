@@ -12,7 +12,9 @@ from torch.overrides import TorchFunctionMode
 from millrace.errors import TraceError
 from millrace.graph.closures import bodies_within, call_without_closures
 from millrace.graph.lstm import fits, lstm
-from millrace.graph.stand_ins import ATTENTION, attention
+from millrace.graph.refusals import PRINTED
+from millrace.graph.signature import TensorSpec
+from millrace.graph.stand_ins import ATTENTION, GAUSSIAN_LOSS, attention, gaussian_nll_loss
 from millrace.graph.user_code import user_line
 
 
@@ -25,8 +27,14 @@ class ReplacedCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator):
             return call_without_closures(func, bodies_within(self, [*args, *kwargs.values()]))
-        if func is ATTENTION:  # imported by its name
-            return attention(*args, **kwargs)
+        if func in _IMPORTED_BY_NAME:
+            return _IMPORTED_BY_NAME[func](*args, **kwargs)
+        if func in _FORMATTING:
+            raise TraceError(f"{user_line()}: {PRINTED}")
+        if func == _SET_DATA:  # made anew each time
+            return _set_data(*args)
+        if func is Tensor.fill_diagonal_:
+            return _fill_diagonal(*args, **kwargs)
         if func is torch._pack_padded_sequence:
             raise TraceError(
                 f"{user_line()}: a packed sequence has as many rows as the lengths say, and a graph is made before "
@@ -40,6 +48,36 @@ class ReplacedCalls(TorchFunctionMode):
             rest = {key: value for key, value in kwargs.items() if key not in ("alpha", "value")}
             return func(args[0], _wide(args[1], args[0]) * scale, *args[2:], **rest)
         return func(*args, **kwargs)
+
+
+_IMPORTED_BY_NAME = {ATTENTION: attention, GAUSSIAN_LOSS: gaussian_nll_loss}
+_FORMATTING = {Tensor.__repr__, Tensor.__format__}
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+def _set_data(tensor: Tensor, value: Tensor) -> None:
+    """`tensor.data = value`: the tracer does not see a tensor that changes its memory, so the values are copied."""
+    if tensor.shape != value.shape or tensor.dtype != value.dtype:
+        raise TraceError(
+            f"{user_line()}: `.data` is {TensorSpec.of(tensor)} and is given {TensorSpec.of(value)}. "
+            "A tensor of a traced step keeps its shape and dtype; make a new one instead."
+        )
+    with torch.no_grad():
+        tensor.detach().copy_(value)
+
+
+def _fill_diagonal(tensor: Tensor, fill_value: float, wrap: bool = False) -> Tensor:
+    """`fill_diagonal_`, which torch makes of strides that cannot be followed, by indices instead."""
+    width = tensor.shape[-1]
+    index: tuple[Tensor, ...]
+    count = min(tensor.shape)
+    if tensor.ndim == 2 and wrap:
+        positions = torch.arange(0, tensor.numel(), width + 1, device=tensor.device)
+        index = (positions // width, positions % width)
+    else:
+        index = (torch.arange(count, device=tensor.device),) * tensor.ndim
+    tensor[index] = fill_value
+    return tensor
 
 
 # Functions of the form self + scale * first (* or / second).

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributions
 import torch.nn.functional as F
 import torch.nn.modules.transformer
+import torch.optim.lr_scheduler
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from millrace.errors import TraceError
+from millrace.graph.ctc import ctc_loss
 from millrace.graph.random import RandomStream
 from millrace.graph.user_code import user_line
 
-ATTENTION = F.scaled_dot_product_attention
+ATTENTION, GAUSSIAN_LOSS = F.scaled_dot_product_attention, F.gaussian_nll_loss
 # Positions of arguments: (query, key, value, mask, dropout, …) and (weight, indices, offsets, scale, mode, sparse, …).
 _DROPOUT_OF_ATTENTION = 4
 _SPARSE_OF_BAG = 5
@@ -31,13 +35,17 @@ _SPARSE_OF_BAG = 5
 @contextlib.contextmanager
 def stand_ins(random: RandomStream) -> Iterator[None]:
     """Put the stand-ins in place; the originals are back on leaving."""
-    replaced: list[tuple[Any, str, Callable[..., Any]]] = [
+    replaced: list[tuple[Any, str, Any]] = [
         *_generator_state(random),
         (torch, "compile", _compile),
-        (torch, "manual_seed", _manual_seed),
+        *((place, name, _seed) for place, name in _SEEDING),
+        *((kind, "step", _scheduler_step) for kind in _SCHEDULERS),
+        (torch.distributions.Distribution, "_validate_args", False),  # it looks at values
         (torch, "embedding", _embedding),
         (torch, "embedding_bag", _embedding_bag),
         (F, "scaled_dot_product_attention", attention),
+        (F, "gaussian_nll_loss", gaussian_nll_loss),
+        (torch, "ctc_loss", ctc_loss),
         (torch.nn.modules.transformer, "_detect_is_causal_mask", _is_causal),
     ]
     saved = [getattr(place, name) for place, name, _ in replaced]
@@ -81,10 +89,35 @@ def _compile(model: Any = None, **_: Any) -> Any:
     return model if model is not None else lambda function: function
 
 
-def _manual_seed(seed: int) -> Any:
+_SEEDING = (
+    (torch, "manual_seed"),
+    (torch, "seed"),
+    (torch.cuda, "manual_seed"),
+    (torch.cuda, "manual_seed_all"),
+    (torch.random, "manual_seed"),
+)
+
+
+def _seed(*_: Any) -> Any:
     raise TraceError(
-        f"{user_line()}: torch.manual_seed inside the step would draw the same numbers in every step. Leave it out: "
+        f"{user_line()}: seeding the generator (torch.manual_seed, torch.seed) inside the step would draw the same "
+        "numbers in every step, or do nothing. Leave it out: "
         'the step\'s own random stream is the variable "random", seeded by `seed`, and the same seed repeats a run.'
+    )
+
+
+_SCHEDULERS = [
+    kind
+    for kind in vars(torch.optim.lr_scheduler).values()
+    if isinstance(kind, type) and issubclass(kind, torch.optim.lr_scheduler.LRScheduler) and "step" in vars(kind)
+]
+
+
+def _scheduler_step(scheduler: Any, *_: Any, **__: Any) -> None:
+    raise TraceError(
+        f"{user_line()}: {type(scheduler).__name__} counts steps in Python, and a graph runs no Python: the rate "
+        "would be that of the first step for ever.\n  Ways out: give the factor at step n as `schedule`, to fit or "
+        'training_graph; or step the scheduler outside and assign its rate to the variable "optimizer/lr".'
     )
 
 
@@ -111,6 +144,21 @@ def attention(*args: Any, **kwargs: Any) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):
             return ATTENTION(*args, **kwargs)
     return ATTENTION(*args, **kwargs)
+
+
+def gaussian_nll_loss(
+    input: Tensor, target: Tensor, var: Tensor | float, full: bool = False, eps: float = 1e-6, reduction: str = "mean"
+) -> Tensor:
+    """Without the look at the variances' signs; otherwise as torch's. A negative variance counts as `eps`."""
+    variance = torch.as_tensor(var, dtype=input.dtype, device=input.device)
+    if variance.ndim == input.ndim - 1 and variance.shape == input.shape[:-1]:
+        variance = variance.unsqueeze(-1)  # one for each row
+    # As torch's, the bound is no step on the way of the gradient.
+    bounded = variance + (variance.clamp(min=eps) - variance).detach()
+    loss = 0.5 * (bounded.log() + (input - target) ** 2 / bounded)
+    if full:
+        loss = loss + 0.5 * math.log(2 * math.pi)
+    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
 
 
 def _is_causal(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:

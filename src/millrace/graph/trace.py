@@ -27,7 +27,7 @@ from millrace.graph.random import RandomStream, new_random
 from millrace.graph.recorder import LINE, Recorder
 from millrace.graph.replace_calls import ReplacedCalls
 from millrace.graph.signature import Feed, Role, TensorSpec, Variable
-from millrace.graph.trace_errors import at_the_call, explained
+from millrace.graph.trace_errors import at_the_call, explained, functionalizing, refuse_strays
 from millrace.graph.variables import Holders
 
 Step = Callable[[dict[str, Any], Any], Any]
@@ -66,10 +66,7 @@ def trace(step: Step, variables: Mapping[str, Any], feed: Any, *, seed: int = 0)
 
     def flat_step(*flat: Tensor) -> list[Tensor]:
         own, fed = flat[: len(names)], flat[len(names) :]
-        leaves_of = {
-            name: tensor.detach().requires_grad_(slots[name].tensor.requires_grad)
-            for name, tensor in zip(slots, own, strict=False)
-        }
+        leaves_of = {name: _leaf(tensor, slots[name].tensor) for name, tensor in zip(slots, own, strict=False)}
         stream = RandomStream(own[-1])
         recorder = Recorder(holders, stream)
         batch = pytree.tree_unflatten(list(fed), tree)
@@ -90,7 +87,9 @@ def trace(step: Step, variables: Mapping[str, Any], feed: Any, *, seed: int = 0)
 
     with _tracing():
         recorded = make_fx(flat_step, tracing_mode="fake", _allow_non_fake_inputs=True)(*values, *leaves.values())
-        functional = functionalize(recorded)
+        refuse_strays(recorded, step)
+        with functionalizing(recorded):
+            functional = functionalize(recorded)
     return finish(
         functional,
         variables=[slot.variable for slot in slots.values()]
@@ -101,6 +100,16 @@ def trace(step: Step, variables: Mapping[str, Any], feed: Any, *, seed: int = 0)
         initial=dict(zip(names, values, strict=True)),
         retrace=lambda other: trace(step, variables, other, seed=seed),
     )
+
+
+def _leaf(traced: Tensor, own: Tensor) -> Tensor:
+    """What stands for a variable in the step: as differentiable as the caller's own tensor, and with its hooks."""
+    leaf = traced.detach().requires_grad_(own.requires_grad)
+    for hook in (own._backward_hooks or {}).values():
+        leaf.register_hook(hook)
+    for hook in (getattr(own, "_post_accumulate_grad_hooks", None) or {}).values():
+        leaf.register_post_accumulate_grad_hook(hook)
+    return leaf
 
 
 @contextlib.contextmanager
@@ -114,6 +123,8 @@ def _tracing() -> Iterator[None]:
             warnings.filterwarnings("ignore", message="TF32 acceleration")
             with (
                 fx_traceback.preserve_node_meta(),
+                # What the user has compiled by torch.compile is traced as it was written.
+                torch.compiler.set_stance("force_eager"),
                 # Operators of these libraries hide state (cuDNN's batch norm) or workspaces (oneDNN's LSTM).
                 torch.backends.mkldnn.flags(enabled=False),
                 torch.backends.cudnn.flags(enabled=False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -90,6 +91,11 @@ def training_graph(
     def step(v: dict[str, Any], feed: Any) -> dict[str, Tensor]:
         with _in_modes(modes), _autocast(device, precision):
             value, metrics = split_loss(loss(model, feed))
+        if not value.requires_grad:
+            raise TraceError(
+                "the loss does not depend on any parameter that requires a gradient, so there is nothing to train by. "
+                "Usual causes: .detach() or torch.no_grad() on the way, or a loss computed from the batch alone."
+            )
         current: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if name in parameters}
         found: tuple[Tensor | None, ...] = torch.autograd.grad(value, list(current.values()), allow_unused=True)
         gradients = dict(zip(current, found, strict=True))
@@ -102,6 +108,7 @@ def training_graph(
         named = {f"gradient/{name}": g for name, g in gradients.items() if g is not None}
         return {"loss": value, **metrics, **named}
 
+    functools.update_wrapper(step, loss, assigned=(), updated=())  # errors name the user's own function
     return trace(step, variables, batch, seed=seed)
 
 
@@ -123,6 +130,7 @@ def evaluation_graph(
             return {"loss": value, **metrics}
         return {"loss": result} if isinstance(result, Tensor) and result.ndim == 0 else result
 
+    functools.update_wrapper(step, compute, assigned=(), updated=())
     return trace(step, {"": model}, batch)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import sys
@@ -39,6 +40,16 @@ def user_line() -> str:
     return ""
 
 
+def stack_level() -> int:
+    """The `stacklevel` with which a warning points at the innermost of the user's lines, from the function that
+    calls this one."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 1
+    while frame is not None and not is_users(frame.f_code.co_filename):
+        frame, level = frame.f_back, level + 1
+    return level if frame is not None else 1
+
+
 def line_of(error: BaseException) -> str:
     """The innermost of the user's lines in an error's traceback; "" when there is none."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
@@ -48,7 +59,8 @@ def line_of(error: BaseException) -> str:
 
 
 def definition_of(function: Callable[..., Any]) -> str:
-    """Where a function is defined, as a line; "" when that cannot be known."""
+    """Where a function is defined, as a line; "" when that cannot be known. Of a wrapper, the function inside."""
+    function = inspect.unwrap(function)
     code = getattr(function, "__code__", None)
     return _named(code.co_filename, code.co_firstlineno, code.co_name) if code is not None else ""
 

@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from millrace.errors import TraceError
+from millrace.errors import TraceError, did_you_mean
+from millrace.graph.modules import module_with, refuse_module
 from millrace.graph.optimizer_state import OptimizerState
 from millrace.graph.signature import Role, TensorSpec, Variable
 
@@ -59,6 +60,7 @@ class Holders:
         self.slots: dict[str, Slot] = {}
         self._name_of: dict[int, str] = {}
         for prefix, module in self.modules.items():
+            refuse_module(prefix, module)
             for name, parameter in module.named_parameters(prefix):
                 self._add(name, parameter, Role.PARAMETER)
             for name, buffer in module.named_buffers(prefix):
@@ -100,7 +102,7 @@ class Holders:
         by_id = {id(self.slots[name].tensor): tensor for name, tensor in tensors.items()}
         with contextlib.ExitStack() as stack:
             for module in self.modules.values():
-                stack.enter_context(_module_with(module, by_id))
+                stack.enter_context(module_with(module, by_id))
             view: dict[str, Any] = {**self.modules}
             for name, state in self.optimizers.items():
                 own = {slot: tensors[f"{name}/{slot}"] for slot in state.tensors}
@@ -114,7 +116,10 @@ class Holders:
         """The tensor that stands for each variable now, inside `standing_in`: a step may have rebound some.
 
         A module may assign a new tensor to a buffer, and a step may say `v["W"] = v["W"] - g`.
+
+        Raises: TraceError when the step has put something under another name, or removed one.
         """
+        self._check_names(view)
         found: dict[str, Tensor] = {}
         for prefix, module in self.modules.items():
             named = [*module.named_parameters(prefix), *module.named_buffers(prefix)]
@@ -124,27 +129,20 @@ class Holders:
             found.update({f"{name}/{slot}": tensor for slot, tensor in state.current().items()})
         return found
 
-
-@contextlib.contextmanager
-def _module_with(module: nn.Module, by_id: Mapping[int, Tensor]) -> Iterator[None]:
-    """Replace every parameter and buffer under `module` for a while."""
-    saved: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    weights: list[tuple[nn.RNNBase, list[Any]]] = []
-    for child in module.modules():
-        for table in (child._parameters, child._buffers):
-            saved.append((table, dict(table)))
-            for name, tensor in table.items():
-                if tensor is not None:
-                    # Straight into the table: nn.Module.__setattr__ would insist on nn.Parameter.
-                    table[name] = by_id[id(tensor)]  # type: ignore[assignment]
-        if isinstance(child, nn.RNNBase):
-            weights.append((child, child._flat_weights))
-            child._flat_weights = [by_id.get(id(w), w) for w in child._flat_weights]
-    try:
-        yield
-    finally:
-        for table, content in saved:
-            table.clear()
-            table.update(content)
-        for rnn, flat in weights:
-            rnn._flat_weights = flat
+    def _check_names(self, view: Mapping[str, Any]) -> None:
+        known = [*self.modules, *self.tensors, *self.optimizers]
+        for name in view:
+            if name not in known:
+                raise TraceError(
+                    f"the step assigns to {name!r}, which is not among the variables, so the value would be lost. "
+                    f"{did_you_mean(name, known)} Name it as a variable, or return it from the step, to fetch it."
+                )
+        for name in known:
+            if name not in view:
+                raise TraceError(f"the step removes the variable {name!r}. Leave it in place: it is there next time.")
+        for name, module in self.modules.items():
+            if view[name] is not module:
+                raise TraceError(
+                    f"the step puts another module in the place of {name!r}, which would be lost. "
+                    "Change its parameters in place, or use torch.func.functional_call with others."
+                )
