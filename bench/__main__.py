@@ -10,8 +10,10 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,37 +42,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("no GPU: torch.cuda.is_available() is false, so there is nothing to measure")
         return NO_GPU
     figures: list[dict[str, Any]] = []
-    for figure in _measure(chosen):
-        figures.append(rounded(stamped(figure, ["python -m bench", *given])))
-        print(json.dumps(figures[-1]), flush=True)
-        if keep:
-            save(figures[-1:], chosen.device)  # at once, so that an interrupted run loses no more than it must
+    with tempfile.TemporaryDirectory(prefix="millrace-bench-") as cache:
+        for figure in _measure(chosen, _settings(chosen, Path(cache))):
+            figures.append(rounded(stamped(figure, ["python -m bench", *given])))
+            print(json.dumps(figures[-1]), flush=True)
+            if keep:
+                save(figures[-1:], chosen.device)  # at once, so that an interrupted run loses no more than it must
     print("\n" + tables(figures, plain))
     if keep:
         _write_readme()
     return _verdict(figures)
 
 
-def _measure(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def _measure(chosen: argparse.Namespace, settings: Settings) -> Iterator[dict[str, Any]]:
     """Every figure, as they come: first steps in float32 alone, as compiling takes as long in any precision."""
-    settings = _settings(chosen)
     precisions = chosen.precisions or (PRECISIONS[:1] if chosen.quick else PRECISIONS)
     for workload in _workloads(chosen):
+        here = replace(settings, cache=settings.cache / workload.name)
         if "first_step" in chosen.kinds and not workload.large:
             peers = select(first_step_peers(jax=chosen.jax, tf=chosen.tf), chosen.peers)
-            once = replace(settings, rounds=1 if chosen.quick else 3)
-            yield first_step_figure(first_steps(workload, "float32", peers, once))
+            yield first_step_figure(first_steps(workload, "float32", peers, replace(here, rounds=min(here.rounds, 3))))
         if "step" in chosen.kinds:
             for precision in ("bfloat16",) if workload.large else precisions:
                 peers = step_peers(workload, jax=chosen.jax, tf=chosen.tf, device=chosen.device)
-                yield step_figure(race(workload, precision, select(peers, chosen.peers), settings))
+                yield step_figure(race(workload, precision, select(peers, chosen.peers), here))
 
 
-def _settings(chosen: argparse.Namespace) -> Settings:
+def _settings(chosen: argparse.Namespace, cache: Path) -> Settings:
     cuda = chosen.device.startswith("cuda")
     return Settings(
+        cache,
         threads=chosen.threads or min(4 if cuda else 2, os.cpu_count() or 1),
-        rounds=chosen.rounds or (2 if chosen.quick else 9),
+        rounds=chosen.rounds or (2 if chosen.quick else 7),
         turn_s=chosen.turn or (0.05 if chosen.quick else 0.3),
         starts=4 if cuda else 2,
         device=chosen.device,
@@ -114,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--kinds", type=_names(KINDS), default=list(KINDS), help="comma-separated, of step (and memory), first_step")
     add("--peers", type=_names(), default=[], help="only these, comma-separated: names as in the figures")
     add("--threads", type=int, help="of each peer (default 2; 4 beside a GPU)")
-    add("--rounds", type=int, help="turns of each peer that count (default 9)")
+    add("--rounds", type=int, help="turns of each peer that count (default 7)")
     add("--turn", type=float, metavar="S", help="seconds of a turn (default 0.3)")
     add("--no-save", dest="save", action="store_false", help="keep nothing")
     add("--table", action="store_true", help="measure nothing, write README.md's table from what is kept")

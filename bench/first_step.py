@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.catalogue import EAGER, FIT, FIT_FILL, FIT_WARM, PeerSpec
+from bench.catalogue import COMPILE, EAGER, FIT, FIT_FILL, FIT_WARM, PeerSpec
 from bench.race import Race, Samples, Settings, exported, say, task_of
 from bench.worker import PeerError, Worker, worker_environment
 from bench.workloads import Workload
@@ -21,17 +21,22 @@ _OFTEN = (EAGER, FIT, FIT_WARM)  # the others take seconds of compiling: once is
 
 
 def first_steps(workload: Workload, precision: str, peers: Sequence[PeerSpec], settings: Settings) -> Race:
-    """Start every peer in turn, `rounds` times (those that compile, once), and keep the time of its first step."""
+    """Start every peer in turn, `rounds` times (those that compile, once), and keep the time of its first step.
+
+    What `COMPILE` and `FIT_FILL` compile stays in `settings.cache`, which spares the races' peers the same work.
+    """
     result = Race(workload, precision, settings)
-    with exported(workload) as weights, tempfile.TemporaryDirectory(prefix="millrace-bench-cache-") as caches:
+    with exported(workload) as weights, tempfile.TemporaryDirectory(prefix="millrace-bench-") as fresh:
         task = {**task_of(workload, precision, weights, settings), "check_steps": 1}
         for number in range(settings.rounds):
             for spec in peers:
                 if spec.name in result.failed or (number and spec not in _OFTEN):
                     continue
-                shared = "filled" if spec in (FIT_FILL, FIT_WARM) else f"{spec.name}-{number}"
+                cache = (
+                    settings.cache if spec in (COMPILE, FIT_FILL, FIT_WARM) else Path(fresh) / f"{spec.name}-{number}"
+                )
                 try:
-                    ready = _one(spec, task, settings, Path(caches) / shared)
+                    ready = _one(spec, task, worker_environment(settings.threads, cache), settings.start_limit_s)
                 except PeerError as error:
                     result.failed[spec.name] = str(error)
                     say(str(error))
@@ -41,9 +46,7 @@ def first_steps(workload: Workload, precision: str, peers: Sequence[PeerSpec], s
     return result
 
 
-def _one(spec: PeerSpec, task: Mapping[str, Any], settings: Settings, cache: Path) -> dict[str, Any]:
-    cache.mkdir(mode=0o700, exist_ok=True)
-    caches = {"MILLRACE_CACHE": str(cache / "millrace"), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
-    with Worker(spec, task, worker_environment(settings.threads) | caches) as worker:
-        ready: dict[str, Any] = worker.answer(settings.start_limit_s)["ready"]
+def _one(spec: PeerSpec, task: Mapping[str, Any], environment: Mapping[str, str], limit_s: float) -> dict[str, Any]:
+    with Worker(spec, task, environment) as worker:
+        ready: dict[str, Any] = worker.answer(limit_s)["ready"]
         return ready

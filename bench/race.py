@@ -27,8 +27,13 @@ _PAUSE_S = 0.02  # lets the threads of the peer before go to sleep
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure. turn_s: how long one peer's turn lasts. starts: how many peers start at a time."""
+    """How to measure.
 
+    cache: a directory for what the peers compile; races share it. turn_s: how long one peer's turn lasts. starts: how
+    many peers start at a time.
+    """
+
+    cache: Path
     threads: int = 2
     rounds: int = 7
     turn_s: float = 0.3
@@ -119,7 +124,7 @@ def say(message: str) -> None:
 
 def _start(peers: Sequence[PeerSpec], task: Mapping[str, Any], result: Race, stack: ExitStack) -> dict[str, Worker]:
     settings = result.settings
-    environment = worker_environment(settings.threads)
+    environment = worker_environment(settings.threads, settings.cache)
 
     def start(spec: PeerSpec) -> tuple[Worker, dict[str, Any] | PeerError]:
         begun_s = time.monotonic()

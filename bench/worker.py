@@ -94,13 +94,19 @@ class Worker:
         return f"{self.spec.title} {what}" + (f": {last[0].strip()[:300]}" if last else "")
 
 
-def worker_environment(threads: int) -> dict[str, str]:
-    """Environment variables that give every framework the same threads and the modules of this project."""
+def worker_environment(threads: int, cache: Path) -> dict[str, str]:
+    """Environment variables that give every framework the same threads, this project's modules, and caches in `cache`.
+
+    The user's own caches stay untouched, and what is in them changes no figure.
+    """
     paths = [str(_ROOT), str(_ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     return {
         "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
+        "MILLRACE_CACHE": str(cache / "millrace"),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # peers share the device
     }

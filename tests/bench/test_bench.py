@@ -91,7 +91,7 @@ def sample(spec: PeerSpec, seconds: list[float], loss: float = 2.0) -> Samples:
 
 
 def raced(*samples: Samples, failed: dict[str, str] | None = None) -> Race:
-    return Race(WORKLOADS["mlp"], "float32", Settings(), {s.spec.name: s for s in samples}, failed or {})
+    return Race(WORKLOADS["mlp"], "float32", Settings(Path()), {s.spec.name: s for s in samples}, failed or {})
 
 
 def test_a_step_figure_compares_with_the_fastest_variant_of_a_peer() -> None:
@@ -231,9 +231,9 @@ def test_unknown_names_are_refused_with_the_known_ones(capsys: pytest.CaptureFix
 # -- real processes ------------------------------------------------------------------------------------------------
 
 
-def test_a_peer_that_ends_is_reported_and_left_out() -> None:
+def test_a_peer_that_ends_is_reported_and_left_out(tmp_path: Path) -> None:
     broken = PeerSpec("broken", "eager", "a broken peer", "no_such_peer")
-    found = race(WORKLOADS["mlp"], PRECISIONS[0], [broken], Settings(threads=1, rounds=1))
+    found = race(WORKLOADS["mlp"], PRECISIONS[0], [broken], Settings(tmp_path, threads=1, rounds=1))
     assert found.samples == {}
     assert "a broken peer ended" in found.failed["broken"]
     assert "no_such_peer" in found.failed["broken"]
@@ -250,8 +250,8 @@ def test_a_silent_worker_is_given_up(tmp_path: Path) -> None:
         worker.answer(0.1)
 
 
-def test_a_first_step_is_timed_in_a_fresh_process_from_the_call_of_fit() -> None:
-    (fit,) = first_steps(WORKLOADS["mlp"], "float32", [FIT], Settings(threads=1, rounds=1)).samples.values()
+def test_a_first_step_is_timed_in_a_fresh_process_from_the_call_of_fit(tmp_path: Path) -> None:
+    (fit,) = first_steps(WORKLOADS["mlp"], "float32", [FIT], Settings(tmp_path, threads=1, rounds=1)).samples.values()
     assert fit.ready["steps"] == 1
     assert fit.ready["loss"] == pytest.approx(math.log(10), abs=0.3)
     assert [fit.ready["first_step_s"]] == fit.seconds
