@@ -49,9 +49,9 @@ def refuse_module(prefix: str, module: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def module_with(module: nn.Module, by_id: Mapping[int, Tensor]) -> Iterator[None]:
+def module_with(prefix: str, module: nn.Module, by_id: Mapping[int, Tensor]) -> Iterator[None]:
     """Replace every parameter and buffer under `module` for a while; on leaving, all its attributes are as before."""
-    children = dict(module.named_modules())
+    children = dict(module.named_modules(prefix=prefix))
     saved = {path: dict(vars(child)) for path, child in children.items()}
     tables = [(table, dict(table)) for child in children.values() for table in (child._parameters, child._buffers)]
     for table, content in tables:

@@ -18,6 +18,7 @@ import torch.distributions
 import torch.nn.functional as F
 import torch.nn.modules.transformer
 import torch.optim.lr_scheduler
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -40,6 +41,7 @@ def stand_ins(random: RandomStream) -> Iterator[None]:
         (torch, "compile", _compile),
         *((place, name, _seed) for place, name in _SEEDING),
         *((kind, "step", _scheduler_step) for kind in _SCHEDULERS),
+        (torch.utils.checkpoint, "CheckpointFunction", _Reentrant),
         (torch.distributions.Distribution, "_validate_args", False),  # it looks at values
         (torch, "embedding", _embedding),
         (torch, "embedding_bag", _embedding_bag),
@@ -104,6 +106,18 @@ def _seed(*_: Any) -> Any:
         "numbers in every step, or do nothing. Leave it out: "
         'the step\'s own random stream is the variable "random", seeded by `seed`, and the same seed repeats a run.'
     )
+
+
+class _Reentrant:
+    """In the place of the function behind reentrant checkpointing."""
+
+    @staticmethod
+    def apply(*_: Any) -> Any:
+        raise TraceError(
+            f"{user_line()}: reentrant checkpointing runs a backward pass of its own inside the backward pass, and the "
+            "gradients of parameters pass by those who ask for them by name.\n"
+            "  Way out: torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+        )
 
 
 _SCHEDULERS = [

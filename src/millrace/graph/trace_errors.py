@@ -28,10 +28,6 @@ _VALUES = (
     "the step decides something in Python by a tensor's value (`if`, `while`, `.item()`, a selection of unknown size), "
     f"and a graph is made before values exist.\n  {WAYS_OUT}"
 )
-_CHECKPOINT = (
-    "reentrant checkpointing runs a backward pass of its own inside the backward pass, which cannot be recorded.\n"
-    "  Way out: torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
-)
 _NO_RULE = (
     "an operator has no rule for fake tensors (shapes without values), so it cannot be traced.\n"
     "  Way out: if it is yours, register one with torch.library.register_fake; see docs/custom-ops.md."
@@ -41,18 +37,18 @@ _MEMORY = (
     "there is any.\n  Ways out: register a kernel as an operator, see docs/custom-ops.md; in place of a copied module "
     "use torch.func.functional_call with other parameters."
 )
-_EARLIER = (
-    "the step uses a tensor that an earlier trace has left behind, in a list or dictionary of yours that outlives the "
-    "step.\n  Way out: return what is to be kept from the step, and collect it after `run`."
+_STRAY = (
+    "the step uses a tensor that was computed out of the tracer's sight: in another thread, or in an earlier trace and "
+    "kept in a list or dictionary of yours.\n"
+    "  Ways out: compute it in the step's own thread; return what is to be kept, and collect it after `run`."
 )
 # (what the message says, why and what to do)
 _BY_TEXT = (
     (("no fake impl", "register_fake"), _NO_RULE),
     ((".numpy()", "FakeTensor.__format__"), PRINTED),
     (("data pointer", "data_ptr"), _MEMORY),
-    (("Mixing fake modes",), _EARLIER),
+    (("Mixing fake modes",), _STRAY),
     (("data-dependent", "Could not guard", "GuardOnDataDependent", "_local_scalar_dense"), _VALUES),
-    (("use_reentrant", "CheckpointFunctionBackward", "checkpointing is not compatible"), _CHECKPOINT),
 )
 
 
@@ -128,10 +124,7 @@ def refuse_strays(recorded: GraphModule, step: Callable[..., Any]) -> None:
         if isinstance(getattr(recorded, str(node.target), None), FakeTensor):
             user = next(iter(node.users))
             line = _where(user) or f"{definition_of(step)}: "
-            raise TraceError(
-                f"{line}the step uses a tensor that was computed out of the tracer's sight, in another thread "
-                "for example. Compute it in the step's own thread."
-            )
+            raise TraceError(f"{line}{_STRAY}")
 
 
 def _where(node: Node) -> str:

@@ -91,13 +91,8 @@ def training_graph(
     def step(v: dict[str, Any], feed: Any) -> dict[str, Tensor]:
         with _in_modes(modes), _autocast(device, precision):
             value, metrics = split_loss(loss(model, feed))
-        if not value.requires_grad:
-            raise TraceError(
-                "the loss does not depend on any parameter that requires a gradient, so there is nothing to train by. "
-                "Usual causes: .detach() or torch.no_grad() on the way, or a loss computed from the batch alone."
-            )
         current: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if name in parameters}
-        found: tuple[Tensor | None, ...] = torch.autograd.grad(value, list(current.values()), allow_unused=True)
+        found = _gradients(value, list(current.values()))
         gradients = dict(zip(current, found, strict=True))
         with torch.no_grad():
             if isinstance(optimizer, Optimizer):
@@ -144,6 +139,19 @@ def split_loss(result: Any) -> tuple[Tensor, dict[str, Tensor]]:
             "Take `.mean()` of per-example losses."
         )
     return value, {str(k): t if isinstance(t, Tensor) else torch.tensor(t) for k, t in metrics.items()}
+
+
+def _gradients(value: Tensor, parameters: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """Gradients of `value`, None where it does not depend on a parameter. Raises TraceError when on none of them."""
+    found: tuple[Tensor | None, ...] = (None,)
+    if value.requires_grad:
+        found = torch.autograd.grad(value, parameters, allow_unused=True)
+    if all(gradient is None for gradient in found):
+        raise TraceError(
+            "the loss does not depend on any parameter that requires a gradient, so there is nothing to train by. "
+            "Usual causes: .detach() or torch.no_grad() on the way, or a loss computed from the batch alone."
+        )
+    return found
 
 
 def _pure_update(

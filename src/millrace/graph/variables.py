@@ -101,8 +101,8 @@ class Holders:
         """
         by_id = {id(self.slots[name].tensor): tensor for name, tensor in tensors.items()}
         with contextlib.ExitStack() as stack:
-            for module in self.modules.values():
-                stack.enter_context(module_with(module, by_id))
+            for prefix, module in self.modules.items():
+                stack.enter_context(module_with(prefix, module, by_id))
             view: dict[str, Any] = {**self.modules}
             for name, state in self.optimizers.items():
                 own = {slot: tensors[f"{name}/{slot}"] for slot in state.tensors}
