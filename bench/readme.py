@@ -116,7 +116,7 @@ def _machine(machine: Mapping[str, Any], figures: Sequence[Figure]) -> str:
     used = ", ".join(f"{name} {number}" for name, number in versions.items())
     wrong = sorted({f"{f['name']} ({', '.join(f['disagreeing'])})" for f in figures if f["disagreeing"]})
     note = f"Losses disagree, and so the work: {'; '.join(wrong)}." if wrong else "The losses of all peers agree."
-    where = f"Measured on {machine['name']}, {threads} threads, {days}, with {used}. {note}"
+    where = f"Measured on {machine['name']}, {threads} thread(s), {days}, with {used}. {note}"
     return f"{where}\n\n{tables(figures, markdown)}"
 
 

@@ -143,7 +143,7 @@ def figures(loss: float = 2.0) -> list[dict[str, Any]]:
 def test_the_section_says_what_was_measured_where_and_when() -> None:
     text = section([{"machine": {"name": "a quick box"}, "figures": figures()}])
     assert "| tiny MLP 64-128-10, batch 64, SGD | float32 | 2.00× (1.75-2.25) |" in text
-    assert "a quick box, 2 threads, 2026-01-02, with torch 2." in text
+    assert "a quick box, 2 thread(s), 2026-01-02, with torch 2." in text
     assert "The losses of all peers agree." in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert lines
