@@ -185,6 +185,8 @@ REPLACEMENTS: dict[OpOverload, Replacement] = {
     aten.randn_like.default: lambda s, x, **k: s.normal(x.shape, _dtype(k, x)),
     aten.normal.Tensor_float: lambda s, mean, std=1.0, **_: mean + std * s.normal(mean.shape, mean.dtype),
     aten.normal.Tensor_Tensor: lambda s, mean, std, **_: mean + std * s.normal(mean.shape, mean.dtype),
+    aten.normal.float_Tensor: lambda s, mean, std, **_: mean + std * s.normal(std.shape, std.dtype),
+    aten.normal.float_float: lambda s, mean, std, size, **k: mean + std * s.normal(size, _dtype(k)),
     aten.normal_functional.default: _normal_like,
     aten.normal_.default: _in_place(_normal_like),
     aten.uniform_.default: _in_place(_uniform_like),

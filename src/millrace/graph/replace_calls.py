@@ -14,7 +14,7 @@ from millrace.graph.closures import bodies_within, call_without_closures
 from millrace.graph.lstm import fits, lstm
 from millrace.graph.refusals import PRINTED
 from millrace.graph.signature import TensorSpec
-from millrace.graph.stand_ins import ATTENTION, GAUSSIAN_LOSS, attention, gaussian_nll_loss
+from millrace.graph.stand_ins import ATTENTION, GAUSSIAN_LOSS, RRELU, attention, gaussian_nll_loss, rrelu
 from millrace.graph.user_code import user_line
 
 
@@ -50,7 +50,7 @@ class ReplacedCalls(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-_IMPORTED_BY_NAME = {ATTENTION: attention, GAUSSIAN_LOSS: gaussian_nll_loss}
+_IMPORTED_BY_NAME = {ATTENTION: attention, GAUSSIAN_LOSS: gaussian_nll_loss, RRELU: rrelu}
 _FORMATTING = {Tensor.__repr__, Tensor.__format__}
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 

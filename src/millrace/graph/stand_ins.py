@@ -27,7 +27,7 @@ from millrace.graph.ctc import ctc_loss
 from millrace.graph.random import RandomStream
 from millrace.graph.user_code import user_line
 
-ATTENTION, GAUSSIAN_LOSS = F.scaled_dot_product_attention, F.gaussian_nll_loss
+ATTENTION, GAUSSIAN_LOSS, RRELU = F.scaled_dot_product_attention, F.gaussian_nll_loss, F.rrelu
 # Positions of arguments: (query, key, value, mask, dropout, …) and (weight, indices, offsets, scale, mode, sparse, …).
 _DROPOUT_OF_ATTENTION = 4
 _SPARSE_OF_BAG = 5
@@ -47,6 +47,7 @@ def stand_ins(random: RandomStream) -> Iterator[None]:
         (torch, "embedding_bag", _embedding_bag),
         (F, "scaled_dot_product_attention", attention),
         (F, "gaussian_nll_loss", gaussian_nll_loss),
+        (F, "rrelu", rrelu),
         (torch, "ctc_loss", ctc_loss),
         (torch.nn.modules.transformer, "_detect_is_causal_mask", _is_causal),
     ]
@@ -173,6 +174,15 @@ def gaussian_nll_loss(
     if full:
         loss = loss + 0.5 * math.log(2 * math.pi)
     return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
+
+
+def rrelu(
+    input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False
+) -> Tensor:
+    """The kernel draws its slopes from a hidden generator; here they are drawn from the step's stream."""
+    slope = lower + (upper - lower) * torch.rand_like(input) if training else (lower + upper) / 2
+    result = torch.where(input >= 0, input, input * slope)
+    return input.copy_(result) if inplace else result
 
 
 def _is_causal(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
