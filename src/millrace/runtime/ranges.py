@@ -24,6 +24,7 @@ from millrace.runtime.watch import describe
 aten = torch.ops.aten
 
 _SAME_VALUES = {aten._to_copy.default, aten.clone.default, aten.contiguous.default}
+_RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 _NLL = {aten.nll_loss_forward.default, aten.nll_loss2d_forward.default}
 _IGNORED_ARGUMENT = 4  # of the two losses: the label that counts for nothing
 _BY_DIMENSION = {aten.index_select.default, aten.gather.default, aten.scatter.src, aten.scatter.value}
@@ -100,7 +101,10 @@ def _check(wanted: Range, values: Tensor) -> None:
 
 def _through(views: Sequence[Node], value: Tensor) -> Tensor:
     for node in views:
-        value = node.target(value, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+        if node.target in _RESHAPES:  # a copy that came before it in the graph was left out
+            value = value.reshape(node.args[1])  # type: ignore[arg-type]
+        else:
+            value = node.target(value, *node.args[1:], **node.kwargs)  # type: ignore[operator]
     return value
 
 
@@ -113,7 +117,7 @@ def _uses(node: Node, views: tuple[Node, ...]) -> Iterator[tuple[tuple[Node, ...
         elif len(user.all_input_nodes) == 1 and user.args and user.args[0] is node:
             if user.target in _SAME_VALUES:
                 yield from _uses(user, views)
-            elif isinstance(user.target, OpOverload) and user.target.is_view:
+            elif isinstance(user.target, OpOverload) and (user.target.is_view or user.target in _RESHAPES):
                 yield from _uses(user, (*views, user))
 
 

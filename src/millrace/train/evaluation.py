@@ -17,7 +17,7 @@ from millrace.train.metrics import RunningMeans
 class Evaluator:
     """Computes `compute(model, batch)` on batches, with the model's current weights.
 
-    The first batch traces the graph. Batches of other sizes, such as the last one, trace another.
+    The first batch traces the graph. Batches of other sizes, such as the last one, or nested otherwise, trace others.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Evaluator:
         self._precision = precision
         self._compile = compile
         self._say = say
-        self._session: Session | None = None
+        self._sessions: dict[str, Session] = {}  # by how the batches nest
 
     def means(self, batches: Iterable[Any]) -> dict[str, float]:
         """Loss and metrics over all batches, each batch weighted by its number of examples."""
@@ -45,11 +45,13 @@ class Evaluator:
 
     def __call__(self, batch: Any) -> dict[str, Tensor]:
         """The results for one batch, by fetch name."""
-        if self._session is None:
+        nest = repr(pytree.tree_structure(batch))  # arrays give tuples, a DataLoader gives lists
+        if nest not in self._sessions:
             graph = evaluation_graph(self._model, self._compute, batch, precision=self._precision)
-            self._session = Session(graph, compile=self._compile, say=self._say, warn_new_shape=False)
-        names = list(self._session.graph.fetches)
-        return dict(zip(names, self._session.run(names, batch), strict=True))
+            self._sessions[nest] = Session(graph, compile=self._compile, say=self._say, warn_new_shape=False)
+        session = self._sessions[nest]
+        names = list(session.graph.fetches)
+        return dict(zip(names, session.run(names, batch), strict=True))
 
 
 def examples_in(batch: Any) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,10 +31,11 @@ def nonfinite_parameter(session: Session) -> str | None:
 
 
 def explain_nonfinite(
-    session: Session, checkpoints: Checkpoints | None, batches: Batches, step: int, what: str, calls: Sequence[Any]
+    session: Session, checkpoints: Checkpoints | None, batches: Batches, step: int, what: str, batch: Any = None
 ) -> str:
-    """A message that names the first node to make a NaN or an infinity. `what` was found after step `step`.
+    """A message that names the first node to make a NaN or an infinity.
 
+    `what` was found after step `step`, which took `batch`.
     The variables have the bad update already. Where there is a checkpoint, the steps since are repeated, and the
     variables (so the user's module, too) are left as they were before the bad step.
     """
@@ -54,7 +54,7 @@ def explain_nonfinite(
                 f"  The model and the checkpoints hold the values from before step {first_step}."
             )
         head += " (it did not when the steps were repeated from the last checkpoint)"
-    where = next((text for batch in calls if (text := session.first_nonfinite(batch))), "")
+    where = session.first_nonfinite(batch) if batch is not None else ""
     detail = f"\n  With the variables as they are now: {where}" if where else ""
     kept = "" if checkpoints is not None else "\n  A run with a run directory (run_dir=…) goes back and finds the node."
     return f"{head}.{detail}\n{_ADVICE}{kept}"

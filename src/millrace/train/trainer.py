@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,7 @@ class Trainer:
         """
         group: list[Any] = []
         for batch in self._read():
-            if group and _shapes(batch) != _shapes(group[0]):
+            if group and _form(batch) != _form(group[0]):
                 yield group
                 group = []
             group.append(batch)
@@ -201,18 +201,18 @@ class Trainer:
             self._first_step_s = time.monotonic() - self._started_s
         by_name = dict(zip(self._fetches, values, strict=True))
         for index in range(len(calls)):
-            self._after_step({name: value[index] for name, value in by_name.items()}, calls)
+            self._after_step({name: value[index] for name, value in by_name.items()}, calls[index])
         last = {name: value[-1] for name, value in by_name.items()}
         examples = sum(examples_in(batch) for batch in calls)
         self._journal.show(self.step, last, examples=examples, epoch=self._batches.epoch + 1)
 
-    def _after_step(self, values: Mapping[str, Tensor], calls: Sequence[Any]) -> None:
+    def _after_step(self, values: Mapping[str, Tensor], batch: Any) -> None:
         self._place = replace(self._place, step=self.step + 1)
-        self._check_finite(values["loss"], calls)
+        self._check_finite(values["loss"], batch)
         self._journal.step(self.step, values)
         self._callbacks.on_step(self, self.step, values)
 
-    def _check_finite(self, loss: Tensor, calls: Sequence[Any]) -> None:
+    def _check_finite(self, loss: Tensor, batch: Any) -> None:
         # Reading a loss waits for a GPU; there it is looked at when it is logged.
         if loss.device.type != "cpu" and self.step % self.plan.log_every:
             return
@@ -221,7 +221,7 @@ class Trainer:
             self._journal.log(self.step - 1)
             checkpoints = self._saver.checkpoints if self._saver is not None else None
             what = f"the loss became {float(loss)}"
-            raise NonFiniteError(explain_nonfinite(self._session, checkpoints, self._batches, self.step, what, calls))
+            raise NonFiniteError(explain_nonfinite(self._session, checkpoints, self._batches, self.step, what, batch))
 
     def _check_parameters(self) -> None:
         """So that no checkpoint, and no finished run, holds a NaN: the loss that shows it may come a step later."""
@@ -229,7 +229,7 @@ class Trainer:
             return
         checkpoints = self._saver.checkpoints if self._saver is not None else None
         what = f"the parameter {name!r} is no longer finite, though the loss still is,"
-        raise NonFiniteError(explain_nonfinite(self._session, checkpoints, self._batches, self.step, what, ()))
+        raise NonFiniteError(explain_nonfinite(self._session, checkpoints, self._batches, self.step, what))
 
     # -- what falls due ------------------------------------------------------------------------------------------
 
@@ -366,5 +366,7 @@ class Trainer:
         return problems
 
 
-def _shapes(batch: Any) -> list[Any]:
-    return [leaf.shape if isinstance(leaf, Tensor) else None for leaf in pytree.tree_leaves(batch)]
+def _form(batch: Any) -> tuple[Any, ...]:
+    """What batches that are stacked for one call must have in common; stacking would convert dtypes without a word."""
+    leaves, nest = pytree.tree_flatten(batch)
+    return nest, *((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else None for leaf in leaves)
