@@ -485,6 +485,14 @@ def test_progress_shows_loss_rate_and_metrics(capsys: pytest.CaptureFixture[str]
         ({"steps": 1, "resume": True}, "pass run_dir="),
         ({"steps": 1, "schedule": lambda s: 1.0, "optimizer": millrace.optim.sgd(0.1)}, "schedule is for torch.optim"),
         ({"steps": 1, "early_stopping": EarlyStopping()}, "validation"),
+        ({"steps": 1, "early_stopping": 3}, r"expected an EarlyStopping, such as"),
+        ({"steps": 1, "keep_last": 0}, "keep_last=0: expected a whole number of at least 1"),
+        ({"steps": 1, "keep_best": -1}, "keep_best=-1: expected a whole number of at least 0"),
+        ({"steps": 1, "seed": None}, "seed=None: expected a whole number"),
+        ({"steps": 1, "seed": 1.5}, r"seed=1\.5"),
+        ({"steps": 1, "run_dir": None}, "run_dir=None: expected a path, True"),
+        ({"steps": 1, "schedule": 0.1}, r"schedule=0\.1: expected a function"),
+        ({"steps": 1, "device": "cuda:99"}, "device='cuda:99': the model cannot be moved there"),
     ],
 )
 def test_settings_are_checked_before_anything_is_done(settings: dict[str, Any], message: str, in_tmp: Path) -> None:
