@@ -6,6 +6,7 @@ Works with torch 2.11 to 2.13.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import tempfile
 import threading
@@ -67,7 +68,9 @@ def settings_digest() -> str:
     """A hash of Inductor's settings, which the user or the environment may have changed."""
     from torch._inductor import config
 
-    return config.get_hash().hex()
+    # Inductor's own caches go by these: without what only says where files are and how many compile at once.
+    settings = sorted((name, repr(value)) for name, value in config.save_config_portable().items())
+    return hashlib.sha256(repr(settings).encode()).hexdigest()
 
 
 def has_cpp_compiler() -> bool:

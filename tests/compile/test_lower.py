@@ -1,0 +1,70 @@
+"""What Inductor is given: ATen alone, constants as inputs, updates as assignments, and still the same step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from tests.compile.steps import BATCH, fresh, step_graph
+from tests.graph.programs import Program, programs
+from torch import Tensor
+
+from millrace.compile.eager import compile_eager
+from millrace.compile.lower import lowered
+from millrace.graph.graph import Graph
+from millrace.graph.trace import trace
+
+
+def run_lowered(graph: Graph, variables: list[Tensor], feeds: list[Tensor]) -> list[Tensor]:
+    module, constants = lowered(graph)
+    with torch.no_grad():
+        return list(module(*variables, *feeds, *constants))
+
+
+def agree(graph: Graph, variables: list[Tensor], feeds: list[Tensor]) -> bool:
+    twins = [v.clone() for v in variables]
+    for _ in range(2):
+        found, expected = run_lowered(graph, variables, feeds), compile_eager(graph)(twins, feeds)
+        if not all(torch.equal(a, b) for a, b in zip([*found, *variables], [*expected, *twins], strict=True)):
+            return False
+    return True
+
+
+def test_randomness_is_inlined_bit_for_bit() -> None:
+    graph = step_graph()
+    before = {str(node.target) for node in graph.nodes}
+    after = {str(node.target) for node in lowered(graph)[0].graph.nodes if node.op == "call_function"}
+    assert "millrace.uniform.default" in before
+    assert not [target for target in after if target.startswith("millrace.")]
+    assert agree(graph, fresh(graph), list(BATCH))
+
+
+@given(program=programs)
+@settings(max_examples=25, deadline=None)
+def test_random_programs_stay_the_same(program: Program) -> None:
+    graph = program.graph()
+    generator = torch.Generator().manual_seed(3)
+    tensors = [torch.randn(4, 4, generator=generator, dtype=torch.float64) for _ in range(3)]
+    assert agree(graph, tensors[:2], tensors[2:])
+
+
+def test_constants_follow_the_feeds_in_order() -> None:
+    def step(v: dict[str, Any], x: Tensor) -> Tensor:
+        v["w"] = v["w"] + torch.tensor([1.0, 2.0]) * x
+        return (v["w"] - torch.tensor([10.0, 20.0])).sum()
+
+    graph = trace(step, {"w": torch.zeros(2)}, torch.ones(2))
+    module, constants = lowered(graph)
+    assert not module.graph.find_nodes(op="get_attr")
+    assert len(module.graph.find_nodes(op="placeholder")) == 2 + len(constants)
+    assert agree(graph, [torch.zeros(2)], [torch.ones(2)])
+
+
+def test_a_graph_that_only_copies_a_constant() -> None:
+    def step(v: dict[str, Any], x: Tensor) -> Tensor:
+        v["w"] = torch.tensor([3.0, 4.0])
+        return x.sum()
+
+    graph = trace(step, {"w": torch.zeros(2)}, torch.ones(2))
+    assert agree(graph, [torch.zeros(2)], [torch.ones(2)])
