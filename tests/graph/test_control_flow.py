@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -256,3 +257,11 @@ def test_shapes_that_do_not_fit_are_refused(body: Callable[..., Any], message: s
 def test_a_loop_over_nothing_is_refused() -> None:
     with pytest.raises(TraceError, match="at least 1 long"):
         scan(lambda c, x: (c, x), torch.zeros(3), torch.zeros(0, 3))
+
+
+def test_the_documents_program_runs_and_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    document = Path(__file__).parents[2] / "docs" / "control-flow.md"
+    (program,) = re.findall(r"^```python\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+    exec(compile(program, str(document), "exec"), {"__name__": "document"})
+    first, last = map(float, capsys.readouterr().out.split(" -> "))
+    assert last < first / 2

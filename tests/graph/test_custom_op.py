@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from millrace import Session
 from millrace.graph import info, load_graph, save_graph, training_graph

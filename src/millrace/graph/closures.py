@@ -196,29 +196,49 @@ class _Lifted:
         self.first_only = first_only
 
     def __call__(self, *arguments: Any) -> Any:
+        arguments = tuple(_with_own_gradient(argument) for argument in arguments)
         split = len(arguments) - len(self.outside)
         standing_in = {id(old): new for old, new in zip(self.outside, arguments[split:], strict=True)}
         with _Substituted(standing_in):
             result = self.body(*arguments[:split])
-        results = _without_aliases(result, list(tensors_in(arguments)))
+        results = _on_its_own(result, list(tensors_in(arguments)))
         return results[0] if self.first_only else results
 
 
-def _without_aliases(result: Any, inputs: list[Tensor]) -> tuple[Any, ...]:
-    """`result` with copies of what shares memory with an input or an earlier output, which the operators refuse."""
+def _on_its_own(result: Any, inputs: list[Tensor]) -> tuple[Any, ...]:
+    """`result` as flat, contiguous tensors, none of which shares memory with an input or an earlier one.
+
+    The operators refuse shared memory, and branches whose results lie differently in memory.
+    """
     seen = list(inputs)
 
     def own(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
-            if any(
+            shared = any(
                 torch._C._is_alias_of(leaf, other)  # type: ignore[attr-defined]
                 for other in seen
-            ):
-                leaf = leaf.clone()
+            )
+            leaf = leaf.clone(memory_format=torch.contiguous_format) if shared else _plain(leaf)
             seen.append(leaf)
         return leaf
 
     return tuple(own(leaf) for leaf in pytree.tree_leaves(result))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """`tensor`, or its copy when it is part of a larger one, or its elements lie in another order."""
+    if tensor.storage_offset() == 0 and tensor.is_contiguous():
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _with_own_gradient(argument: Any) -> Any:
+    """The same tensor, whose gradient is plain: the backward pass of a branch is a branch with gradients as results."""
+    if not isinstance(argument, Tensor) or not argument.requires_grad or not torch.is_grad_enabled():
+        return argument
+    alias = argument.view_as(argument)
+    alias.register_hook(_plain)
+    return alias
 
 
 class _Substituted(TorchFunctionMode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,7 +51,11 @@ class ReplacedCalls(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-_IMPORTED_BY_NAME = {ATTENTION: attention, GAUSSIAN_LOSS: gaussian_nll_loss, RRELU: rrelu}
+_IMPORTED_BY_NAME: dict[Any, Callable[..., Any]] = {
+    ATTENTION: attention,
+    GAUSSIAN_LOSS: gaussian_nll_loss,
+    RRELU: rrelu,
+}
 _FORMATTING = {Tensor.__repr__, Tensor.__format__}
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
