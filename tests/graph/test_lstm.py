@@ -61,6 +61,32 @@ def test_training_equals_eager(options: dict[str, Any], layers: int) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["autocast", "module in bfloat16"])
+def test_bfloat16_follows_eager(whole: bool) -> None:
+    torch.manual_seed(0)
+    model = Last(bidirectional=True).to(torch.bfloat16 if whole else torch.float32)
+    reference = copy.deepcopy(model)
+    x = torch.randn(4, 3, 5, dtype=torch.bfloat16 if whole else torch.float32)
+    precision = "float32" if whole else "bfloat16"
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    graph = training_graph(model, _loss, optimizer, x, precision=precision)
+    assert _kernels(graph) == 4
+    assert next(n.meta["val"] for n in graph.nodes if "lstm_layer" in str(n.target))[0].dtype == torch.float32
+    run = compile_eager(graph)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+    for _ in range(5):
+        loss = run([t.detach() for t in graph.initial.values()], [x])[0]
+        with torch.autocast("cpu", torch.bfloat16, enabled=not whole):
+            expected = reference(x)
+        optimizer.zero_grad()
+        expected.backward()
+        optimizer.step()
+        assert loss.dtype == expected.dtype
+        torch.testing.assert_close(loss, expected.detach(), rtol=0.02, atol=0.01)
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.02)
+
+
 def test_dropout_between_layers_is_the_steps_own() -> None:
     torch.manual_seed(0)
     model = Last(dropout=0.5)

@@ -124,20 +124,25 @@ lstm_layer.register_autograd(_gradient, setup_context=_save)
 
 
 def fits(arguments: Sequence[Any]) -> bool:
-    """Whether the kernel takes a call of `torch.lstm`: padded batch, CPU, float32, biases, no projection."""
+    """Whether the kernel takes a call of `torch.lstm`: padded batch, CPU, float32 or bfloat16, biases, no projection."""
     if len(arguments) != 9 or not isinstance(arguments[3], bool):
         return False  # the packed-sequence form
     x, state, weights, has_biases, layers, _, _, bidirectional, _ = arguments
     return (
         x.device.type == "cpu"
-        and x.dtype == torch.float32
         and x.ndim == 3
         and has_biases
         and len(weights) == 4 * layers * (2 if bidirectional else 1)
-        and all(t.dtype == torch.float32 for t in (*state, *weights))
-        and not torch.is_autocast_enabled("cpu")
+        and all(_dtype(t) is _dtype(x) for t in (*state, *weights))
+        and _dtype(x) in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
     )
+
+
+def _dtype(tensor: Tensor) -> torch.dtype:
+    """In which PyTorch would compute with it: autocast makes every float32 the lower precision."""
+    lowered = tensor.dtype == torch.float32 and torch.is_autocast_enabled("cpu")
+    return torch.get_autocast_dtype("cpu") if lowered else tensor.dtype
 
 
 def lstm(
@@ -151,8 +156,14 @@ def lstm(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`torch.lstm` layer by layer, each direction one node. Arguments and results as `torch.lstm`'s."""
-    x_TBI = (x.transpose(0, 1) if batch_first else x).contiguous()
+    """`torch.lstm` layer by layer, each direction one node. Arguments and results as `torch.lstm`'s.
+
+    In bfloat16 everything that goes into a layer or comes out of one is rounded, and the kernel computes in float32:
+    its own bfloat16 gradient is a reference implementation, some thirty times slower.
+    """
+    dtype = _dtype(x)
+    x_TBI = _rounded((x.transpose(0, 1) if batch_first else x).contiguous(), dtype)
+    state, weights = [_rounded(t, dtype) for t in state], [_rounded(t, dtype) for t in weights]
     directions = 2 if bidirectional else 1
     last_h, last_c = [], []
     for layer in range(layers):
@@ -167,5 +178,11 @@ def lstm(
             found.append(y)
             last_h.append(h)
             last_c.append(c)
-        x_TBI = torch.cat(found, -1) if bidirectional else found[0]
-    return x_TBI.transpose(0, 1) if batch_first else x_TBI, torch.stack(last_h), torch.stack(last_c)
+        x_TBI = _rounded(torch.cat(found, -1) if bidirectional else found[0], dtype)
+    y = x_TBI.transpose(0, 1) if batch_first else x_TBI
+    return y.to(dtype), torch.stack(last_h).to(dtype), torch.stack(last_c).to(dtype)
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In float32, with the values that `dtype` can hold."""
+    return tensor.to(dtype).to(torch.float32)
