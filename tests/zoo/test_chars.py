@@ -68,6 +68,12 @@ def test_what_is_held_out_is_never_learned_from() -> None:
     assert not set(validation) & set(test)
 
 
+def test_held_out_batches_are_of_one_size() -> None:
+    found = data(length=64, batch_size=7)
+    for part in (found.validation, found.test):
+        assert {len(batch["inputs"]) for batch in part.one_pass()} == {7}
+
+
 def test_the_stream_goes_on_where_it_was() -> None:
     whole = [batch["inputs"] for batch in data(length=64, seed=3).train.until(batches=6)]
     first, second = data(length=64, seed=3).train, data(length=64, seed=3).train

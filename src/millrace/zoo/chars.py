@@ -34,6 +34,9 @@ class CharsSettings(Settings):
     batch_size: int = setting(16, "windows per step", low=1)
     evaluate_every: int | None = setting(100, "steps between evaluations", low=1, on_resume=True)
     checkpoint_every: int | None = setting(100, "steps between checkpoints", low=1, on_resume=True)
+    # The other core is the compiler's at first. Measured on two busy cores, a second thread made a step take several
+    # times as long, since both wait for each other at every operator; threads=none is worth a try on idle ones.
+    threads: int | None = setting(1, "of the CPU to train with; none takes one per core", low=1, on_resume=True)
     text: str = setting("", "a file to learn from instead of the reference that Python's help() shows")
     length: int = setting(128, "characters that the model sees at a time", low=2)
     layers: int = setting(4, "of the transformer", low=1)
@@ -73,8 +76,11 @@ class Chars(Task[CharsSettings]):
         )
 
     def _held_out(self, tokens: Tensor) -> TextBatches:
-        windows = max(1, len(tokens) // self.settings.length - 1)
-        return text_batches(tokens, min(self.settings.batch_size, windows), self.settings.length)
+        """In batches of one size, so that one graph serves all: a rest of less than a batch is left out."""
+        length = self.settings.length
+        windows = max(1, len(tokens) // length - 1)
+        size = min(self.settings.batch_size, windows)
+        return text_batches(tokens[: len(tokens) - windows % size * length], size, length)
 
     def model(self, facts: Facts) -> nn.Module:
         """As wide and deep as the settings say."""
