@@ -133,6 +133,8 @@ class Trainer:
                     raise
                 self._do_what_is_due(epoch_ended=False)
                 if self._over():
+                    if self._batches.epoch > epoch:  # read to see whether the call could be longer; not again on resume
+                        self._do_what_is_due(epoch_ended=True)
                     return
             # Ctrl-C also reaches the worker processes of a DataLoader, whose end is no news then.
             if self._data_error is not None and self._signals.asked is None:
