@@ -58,6 +58,7 @@ class Steps:
     updates: tuple[int, int, int]
     updated: tuple[bool, bool, bool]
     fetched: tuple[int, ...]
+    late: bool
 
     def graph(self) -> Graph:
         tensors = {name: torch.zeros(SIDE, SIDE, dtype=torch.float64) for name in NAMES}
@@ -70,16 +71,19 @@ class Steps:
         for name, number, updated in zip(NAMES, self.updates, self.updated, strict=True):
             if updated:
                 v[name] = values[number % len(values)]
-        return {f"fetch{i}": values[number % len(values)] for i, number in enumerate(self.fetched)}
+        # Read after everything else: what an update in place must not have touched.
+        late = {"late": values[0] * 2 + values[1].t() * 3 + values[2]} if self.late else {}
+        return {f"fetch{i}": values[number % len(values)] for i, number in enumerate(self.fetched)} | late
 
 
-NUMBER = st.integers(0, 12)
+NUMBER = st.one_of(st.integers(0, 2), st.just(-1), st.integers(0, 12))  # a variable, the latest value, any
 STEPS = st.builds(
     Steps,
     st.lists(st.tuples(st.sampled_from(sorted(OPERATORS)), NUMBER, NUMBER), min_size=1, max_size=7).map(tuple),
     st.tuples(NUMBER, NUMBER, NUMBER),
     st.tuples(st.booleans(), st.booleans(), st.booleans()),
     st.lists(NUMBER, max_size=3).map(tuple),
+    st.booleans(),
 )
 
 
