@@ -196,7 +196,7 @@ class _Lifted:
         self.first_only = first_only
 
     def __call__(self, *arguments: Any) -> Any:
-        arguments = tuple(_with_own_gradient(argument) for argument in arguments)
+        _with_plain_gradients(arguments)
         split = len(arguments) - len(self.outside)
         standing_in = {id(old): new for old, new in zip(self.outside, arguments[split:], strict=True)}
         with _Substituted(standing_in):
@@ -232,13 +232,11 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _with_own_gradient(argument: Any) -> Any:
-    """The same tensor, whose gradient is plain: the backward pass of a branch is a branch with gradients as results."""
-    if not isinstance(argument, Tensor) or not argument.requires_grad or not torch.is_grad_enabled():
-        return argument
-    alias = argument.view_as(argument)
-    alias.register_hook(_plain)
-    return alias
+def _with_plain_gradients(arguments: Sequence[Any]) -> None:
+    """Make the gradients of a body's arguments plain: the backward pass of a branch is a branch that returns them."""
+    for argument in arguments:
+        if isinstance(argument, Tensor) and argument.requires_grad and torch.is_grad_enabled():
+            argument.register_hook(_plain)
 
 
 class _Substituted(TorchFunctionMode):
