@@ -124,7 +124,7 @@ lstm_layer.register_autograd(_gradient, setup_context=_save)
 
 
 def fits(arguments: Sequence[Any]) -> bool:
-    """Whether the kernel takes a call of `torch.lstm`: padded batch, CPU, float32 or bfloat16, biases, no projection."""
+    """Whether the kernel takes a call of `torch.lstm`: padded, CPU, float32 or bfloat16, with biases, no projection."""
     if len(arguments) != 9 or not isinstance(arguments[3], bool):
         return False  # the packed-sequence form
     x, state, weights, has_biases, layers, _, _, bidirectional, _ = arguments
