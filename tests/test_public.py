@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import millrace
 import millrace.data
 import millrace.graph
 import millrace.optim
+from millrace.train.plan import Plan, PlanSettings
 
 PUBLIC = {
     "Callback", "Checkpoints", "EarlyStopping", "Estimator", "Evaluator", "Graph", "MillraceError", "Model", "Result",
@@ -49,6 +51,10 @@ def test_what_is_public_is_annotated() -> None:
             missing = [p for p in inspect.signature(thing).parameters.values() if p.annotation is p.empty]
             assert missing == [], name
             assert inspect.signature(thing).return_annotation is not inspect.Signature.empty, name
+
+
+def test_fit_takes_every_setting_of_a_plan_by_name() -> None:
+    assert list(PlanSettings.__annotations__) == [field.name for field in fields(Plan)]
 
 
 @pytest.fixture(scope="module")

@@ -29,10 +29,6 @@ def _graph(device: str) -> tuple[Graph, list[tuple[Tensor, Tensor]]]:
     return prune(whole, ["loss"], whole.updates), batches
 
 
-def _stacked(batches: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    return [torch.stack(feeds) for feeds in zip(*batches, strict=True)]
-
-
 def test_until_it_is_compiled_steps_run_one_by_one() -> None:
     graph, batches = _graph("cpu")
     said: list[str] = []
@@ -41,7 +37,7 @@ def test_until_it_is_compiled_steps_run_one_by_one() -> None:
     single = Runner(graph, "eager", said.append)
     losses = torch.stack([single(apart, list(batch))[0] for batch in batches])
     steps = CapturedSteps(Runner(graph, "eager", said.append), 4, said.append)
-    assert torch.equal(steps(together, _stacked(batches))[0], losses)
+    assert torch.equal(steps(together, [feed for batch in batches for feed in batch])[0], losses)
     assert all(torch.equal(a, b) for a, b in zip(apart, together, strict=True))
     assert steps.tier == "eager"
 

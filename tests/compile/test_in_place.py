@@ -106,22 +106,22 @@ def start(seed: int = 0) -> dict[str, Tensor]:
 @settings(max_examples=150, deadline=None)
 def test_in_place_is_functional_bit_for_bit(program: Steps, unrolled: bool) -> None:
     graph = check(program.graph())
-    shape = (SIDE, SIDE)
     if unrolled:
-        graph, shape = unroll(graph, 2), (2, SIDE, SIDE)
+        graph = unroll(graph, 2)
     for make in (in_place, assigned):
         expected, live = start(), start()
         addresses = {name: tensor.data_ptr() for name, tensor in live.items()}
         module = make(graph)
         for step in range(2):
-            feed = torch.randn(shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-            fed = feed.clone()
-            fetches, expected = functional(graph, expected, [feed])
-            found = module(*(live[v.name] for v in graph.variables), fed)
+            generator = torch.Generator().manual_seed(step)
+            feeds = [torch.randn(SIDE, SIDE, generator=generator, dtype=torch.float64) for _ in graph.feeds]
+            fed = [feed.clone() for feed in feeds]
+            fetches, expected = functional(graph, expected, feeds)
+            found = module(*(live[v.name] for v in graph.variables), *fed)
             kept = [value.clone() for value in found]
             assert all(torch.equal(a, b) for a, b in zip(fetches, found, strict=True))
             assert all(torch.equal(live[name], expected[name]) for name in live), graph
-            assert torch.equal(fed, feed)
+            assert all(torch.equal(a, b) for a, b in zip(fed, feeds, strict=True))
             # What was fetched is the caller's own: neither reaches the other.
             for value in live.values():
                 value.add_(1)
@@ -211,7 +211,7 @@ def test_a_step_takes_no_memory_of_the_parameters_size(steps: int) -> None:
     whole = unroll(graph, steps) if steps > 1 else graph
     run = compile_eager(whole)
     variables = [t.detach() for t in graph.initial.values()]
-    feeds = [torch.stack([t] * steps) for t in batch] if steps > 1 else list(batch)
+    feeds = list(batch) * steps
     peak = peak_bytes(lambda: run(variables, feeds))
     parameters_bytes = side * side * 4
     # The gradient, and the gradient times the learning rate; no third one for a new parameter.

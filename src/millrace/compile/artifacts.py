@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from millrace.compile.inductor_private import settings_digest
+from millrace.compile.threads import threads_for
 from millrace.errors import CompileError
 from millrace.graph.graph import Graph
 from millrace.graph.save import graph_digest
@@ -76,7 +77,7 @@ def artifact_path(graph: Graph) -> Path:
             str(sys.implementation.cache_tag),
             platform.machine(),
             _device(graph),
-            str(torch.get_num_threads()),
+            str(threads_for(graph)),
             str(torch.are_deterministic_algorithms_enabled()),
             torch.get_float32_matmul_precision(),
             _processor_flags(),

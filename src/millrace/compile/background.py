@@ -15,11 +15,10 @@ import weakref
 from pathlib import Path
 from typing import IO
 
-import torch
-
 from millrace.compile.artifacts import cache_directory
 from millrace.compile.eager import Compiled
 from millrace.compile.inductor import compile_inductor, load_cached, one_line
+from millrace.compile.threads import threads_for
 from millrace.compile.worker import UNKNOWN_OPERATOR
 from millrace.errors import CompileError, GraphError
 from millrace.graph.graph import Graph
@@ -94,7 +93,7 @@ class BackgroundCompilation:
                 return
             # No pipe: the child's own children could hold it open after its end.
             with errors_file.open("wb") as errors:
-                self._child = child = _start(graph_file, errors)
+                self._child = child = _start(graph_file, threads_for(self._graph), errors)
             _running.add(child)
             try:
                 self._stop_if_cancelled()
@@ -115,11 +114,11 @@ class BackgroundCompilation:
             raise CompileError(said[-1] if said else f"the compiling process ended with status {child.returncode}")
 
 
-def _start(graph_file: Path, errors: IO[bytes]) -> subprocess.Popen[bytes]:
+def _start(graph_file: Path, threads: int, errors: IO[bytes]) -> subprocess.Popen[bytes]:
     # -P: the working directory must not shadow modules that it does not shadow here.
     worker = [sys.executable, "-P", "-m", "millrace.compile.worker"]
     return subprocess.Popen(
-        [*worker, str(graph_file), str(torch.get_num_threads()), str(os.getpid())],
+        [*worker, str(graph_file), str(threads), str(os.getpid())],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path if p),

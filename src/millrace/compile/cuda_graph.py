@@ -17,7 +17,7 @@ from millrace.compile.tiered import Runner, Say
 class CapturedSteps:
     """Runs `steps` steps per call: one by one while the runner is still eager, replayed once it is compiled.
 
-    Feeds have a leading axis of `steps`, and so have the fetches.
+    Feeds are those of the first step, then those of the second, …; fetches are stacked along a new first axis.
     """
 
     def __init__(self, runner: Runner, steps: int, say: Say) -> None:
@@ -54,7 +54,8 @@ class CapturedSteps:
         return [fetch.clone() for fetch in self._fetches]
 
     def _one_by_one(self, variables: Sequence[Tensor], feeds: Sequence[Tensor]) -> list[Tensor]:
-        results = [self._runner(variables, [feed[step] for feed in feeds]) for step in range(self._steps)]
+        each = len(feeds) // self._steps
+        results = [self._runner(variables, feeds[each * step : each * (step + 1)]) for step in range(self._steps)]
         return [torch.stack(values) for values in zip(*results, strict=True)]
 
     def _capture(self, variables: Sequence[Tensor], feeds: Sequence[Tensor]) -> None:

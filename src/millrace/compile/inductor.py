@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from millrace.compile.eager import Compiled
 from millrace.compile.inductor_private import Artifact, compile_module, has_cpp_compiler
 from millrace.compile.layout import feed_strides
 from millrace.compile.lower import lowered
+from millrace.compile.threads import threads_for
 from millrace.errors import CompileError, GraphError
 from millrace.graph.graph import Graph
 
@@ -93,7 +95,18 @@ def _compile(module: GraphModule, graph: Graph) -> Artifact:
     inputs = [
         torch.empty_strided(f.shape, s, dtype=f.dtype, device=f.device) for f, s in zip(fakes, strides, strict=True)
     ]
-    return compile_module(module, inputs, {}, cache_directory() / "inductor")
+    kernels = cache_directory() / "inductor"
+    threads = threads_for(graph)
+    settings: dict[str, Any] = {} if threads == torch.get_num_threads() else {"cpp.threads": threads}
+    if graph.steps > 1:
+        # Several steps in one call are for models so small that calling their kernels from Python is a good part of a
+        # step. From C++ it is not; but that takes longer to compile, and not every operator can be called so.
+        try:
+            return compile_module(module, inputs, settings | {"cpp_wrapper": True}, kernels)
+        except Exception as error:
+            log.info("kernels are called from Python: %s", one_line(error))
+            module, _ = lowered(graph)
+    return compile_module(module, inputs, settings, kernels)
 
 
 def _load(path: Path) -> Artifact | None:

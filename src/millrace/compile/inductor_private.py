@@ -52,14 +52,17 @@ class Artifact:
             return cls(CompiledArtifact.load(path=str(path), format="binary"))
 
 
-def compile_module(module: GraphModule, inputs: Sequence[Tensor], options: dict[str, Any], kernels: Path) -> Artifact:
-    """Compile with Inductor, through its caches in the directory `kernels`. Raises whatever Inductor raises."""
+def compile_module(module: GraphModule, inputs: Sequence[Tensor], settings: dict[str, Any], kernels: Path) -> Artifact:
+    """Compile with Inductor and its `settings`, through its caches in `kernels`. Raises whatever Inductor raises."""
     import torch._inductor
 
     with torch.no_grad(), _kernels_in(kernels):
         return Artifact(
             torch._inductor.standalone_compile(
-                module, list(inputs), dynamic_shapes="from_example_inputs", options=options
+                module,
+                list(inputs),
+                dynamic_shapes="from_example_inputs",
+                options={"config_patches": settings} if settings else {},
             )
         )
 

@@ -12,6 +12,7 @@ from millrace.compile.background import BackgroundCompilation
 from millrace.compile.compare import counted_fetches, difference, movements, tolerance
 from millrace.compile.eager import Compiled, compile_eager
 from millrace.compile.inductor import compile_inductor, one_line
+from millrace.compile.threads import is_small, lend_core, one_thread, take_back_core
 from millrace.errors import CompileError, SettingError
 from millrace.graph.graph import Graph
 
@@ -29,6 +30,7 @@ class Runner:
         self._graph = graph
         self._say = say
         self._run = compile_eager(graph)
+        self._small = is_small(graph)
         self._calls = 0
         self._wanted = compile if graph.nodes else "settled"  # nothing to compile
         self._background: BackgroundCompilation | None = None
@@ -45,9 +47,11 @@ class Runner:
         self._calls += 1
         if self._wanted == "tiered":
             self._watch_background()
-        if self._unproved is not None:
-            return self._prove(variables, feeds)
-        return self._run(variables, feeds)
+        run = self._run if self._unproved is None else self._prove
+        if self._small:
+            with one_thread():
+                return run(variables, feeds)
+        return run(variables, feeds)
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Block until a compilation that runs in the background is over; the next call then uses it."""
@@ -58,8 +62,9 @@ class Runner:
 
     def _begin(self) -> None:
         self._background = BackgroundCompilation(self._graph)
+        lend_core()
         # Nobody will call what is compiled for a runner that is gone.
-        weakref.finalize(self, self._background.cancel)
+        self._cancel = weakref.finalize(self, _cancel, self._background)
 
     def _watch_background(self) -> None:
         if self._background is None:
@@ -75,6 +80,7 @@ class Runner:
         else:
             self._unproved = (result, self._background.seconds)
         self._background = None
+        self._cancel()
 
     def _prove(self, variables: Sequence[Tensor], feeds: Sequence[Tensor]) -> list[Tensor]:
         """Take this step compiled on copies, take it again eagerly, and swap if both agree.
@@ -124,6 +130,11 @@ class Runner:
 
     def _stay_eager(self, why: str) -> None:
         self._say(f"staying eager: {why.splitlines()[0]}")
+
+
+def _cancel(compilation: BackgroundCompilation) -> None:
+    compilation.cancel()
+    take_back_core()
 
 
 def _is_finite(tensor: Tensor) -> bool:

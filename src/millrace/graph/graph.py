@@ -47,6 +47,7 @@ class Graph:
     feed_tree: how the user's batch nests (a pytree spec as JSON), so that a batch can be flattened into `feeds`.
     initial: the variables' values when the graph was traced (the caller's own tensors), empty for a loaded graph.
     retrace: makes the graph of the same step for a batch of other shapes; None for a loaded graph.
+    steps: how many steps one run of it takes; more than one after `passes.unroll`.
     """
 
     module: GraphModule
@@ -57,6 +58,7 @@ class Graph:
     feed_tree: str
     initial: Mapping[str, Tensor] = field(default_factory=dict)
     retrace: Callable[[Any], Graph] | None = None
+    steps: int = 1
 
     @property
     def fx(self) -> torch.fx.Graph:

@@ -101,6 +101,7 @@ def _encode(graph: Graph) -> tuple[Document, dict[str, Tensor]]:
         "fetches": dict(graph.fetches),
         "updates": dict(graph.updates),
         "feed_tree": graph.feed_tree,
+        "steps": graph.steps,
     }
     return {"signature": signature, "module": encode_module(graph.module, constants)}, constants
 
@@ -116,6 +117,7 @@ def _decode(document: Document, tensors: Mapping[str, Tensor]) -> Graph:
         fetches=signature["fetches"],
         updates=signature["updates"],
         feed_tree=signature["feed_tree"],
+        steps=signature["steps"],
     )
 
 

@@ -62,22 +62,17 @@ def feed_ranges(graph: Graph) -> tuple[Range, ...]:
     return tuple(found.values())
 
 
-def check_ranges(ranges: Sequence[Range], feeds: Sequence[Tensor], steps: int = 1) -> None:
-    """Compare a batch with the ranges; `steps` batches stacked where there are several.
+def check_ranges(ranges: Sequence[Range], batches: Sequence[Sequence[Tensor]]) -> None:
+    """Compare batches of one shape with the ranges.
 
     Feeds that are on a GPU already are left out, since reading them would wait for it.
 
     Raises: FeedError naming the value, the range and the operator.
     """
     for wanted in ranges:
-        feed = feeds[wanted.feed]
-        if feed.device.type != "cpu" or feed.numel() == 0:
-            continue
-        if steps > 1 and wanted.views:
-            for one in feed.unbind():
-                _check(wanted, _through(wanted.views, one))
-        else:
-            _check(wanted, _through(wanted.views, feed))
+        found = [_through(wanted.views, b[wanted.feed]) for b in batches if b and b[wanted.feed].device.type == "cpu"]
+        if found and found[0].numel():
+            _check(wanted, found[0] if len(found) == 1 else torch.stack(found))
 
 
 def _check(wanted: Range, values: Tensor) -> None:

@@ -13,21 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from millrace.compile.cuda_graph import CapturedSteps
 from millrace.compile.layout import Stride, feed_strides, laid_out
 from millrace.compile.tiered import Runner, Say
-from millrace.errors import FeedError, FetchError, MillraceError, StepError, TraceError, did_you_mean
+from millrace.errors import FeedError, FetchError, MillraceError, StepError, did_you_mean
 from millrace.graph.graph import TRAIN, Graph
 from millrace.graph.passes.prune import prune
 from millrace.graph.passes.sparse_rows import sparse_rows
 from millrace.graph.passes.unroll import unroll
 from millrace.graph.signature import Feed
-from millrace.graph.trace import flatten_feed
-from millrace.runtime.aliasing import check_variables, shares, storages
+from millrace.runtime.aliasing import check_variables, storages
 from millrace.runtime.commit import aside, make_directory, sync_directory, write_failure
+from millrace.runtime.feeds import Batch, FeedReader, Key
 from millrace.runtime.ranges import Range, check_ranges, feed_ranges
 from millrace.runtime.save_nodes import RESTORE, SAVE, SideGraph, restore_graph, save_graph_of
 from millrace.runtime.watch import Watch, failing_node, first_nonfinite, run_watched
@@ -35,7 +34,6 @@ from millrace.runtime.watch import Watch, failing_node, first_nonfinite, run_wat
 log = logging.getLogger(__name__)
 
 MAX_SHAPES = 8  # graphs kept for different batch shapes
-_Key = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
 
 @dataclass
@@ -45,7 +43,7 @@ class _Program:
     graph: Graph
     fetches: tuple[str, ...]
     runner: Runner | CapturedSteps
-    strides: list[Stride]  # of the feeds
+    strides: list[Stride]  # of one step's feeds
     ranges: tuple[Range, ...]  # of the labels and indices that it looks up
 
 
@@ -88,9 +86,8 @@ class Session:
         if copy:
             self._variables = {name: tensor.clone() for name, tensor in self._variables.items()}
         check_variables(graph, self._variables)
-        self._memory = storages(self._variables.values())
-        self._on_cpu = all(f.spec.device == "cpu" for f in graph.feeds)
-        self._graphs: OrderedDict[_Key, Graph] = OrderedDict({_key(f.spec for f in graph.feeds): graph})
+        self._reader = FeedReader(graph, storages(self._variables.values()))
+        self._graphs: OrderedDict[Key, Graph] = OrderedDict({_key(f.spec for f in graph.feeds): graph})
         self._programs: dict[tuple[Any, ...], _Program] = {}
         self._watches: list[Watch] = []
         self._side = {SAVE: save_graph_of(graph), RESTORE: restore_graph(graph)}
@@ -110,7 +107,7 @@ class Session:
         Raises: FetchError for an unknown name; FeedError for a batch that does not fit.
         """
         names = (fetches,) if isinstance(fetches, str) else tuple(fetches)
-        program, feeds = self._program(names, feed, steps=1)
+        program, feeds = self._program(names, [feed])
         values = self._call(program, feeds)
         results = dict(zip(program.fetches, values, strict=True))
         found = [results.get(name) for name in names]
@@ -121,20 +118,19 @@ class Session:
 
         For small models, whose steps cost less than calling them. Raises: FeedError when the batches' shapes differ.
         """
-        stacked = _stack_feeds(feeds)
-        program, flat = self._program(tuple(fetches), stacked, steps=len(feeds))
+        program, flat = self._program(tuple(fetches), list(feeds))
         values = dict(zip(program.fetches, self._call(program, flat), strict=True))
         return [values.get(name) for name in fetches]
 
     def nodes_for(self, fetches: str | Sequence[str], feed: Any = None) -> list[str]:
         """Names of the nodes that `run(fetches, feed)` executes."""
         names = (fetches,) if isinstance(fetches, str) else tuple(fetches)
-        return [node.name for node in self._program(names, feed, steps=1)[0].graph.nodes]
+        return [node.name for node in self._program(names, [feed])[0].graph.nodes]
 
     def tier(self, fetches: str | Sequence[str], feed: Any = None, *, wait: bool = False) -> str:
         """Which tier runs these fetches now; `wait` blocks until a background compilation is over."""
         names = (fetches,) if isinstance(fetches, str) else tuple(fetches)
-        runner = self._program(names, feed, steps=1)[0].runner
+        runner = self._program(names, [feed])[0].runner
         if wait:
             runner.wait()
         return runner.tier
@@ -219,8 +215,8 @@ class Session:
 
         Changes no variable.
         """
-        flat, graph, _ = self._flatten((TRAIN,), feed, steps=1)
-        return first_nonfinite(graph, list(self._variables.values()), laid_out(flat, feed_strides(graph)))
+        (batch,), graph, _ = self._read((TRAIN,), [feed])
+        return first_nonfinite(graph, list(self._variables.values()), laid_out(batch.placed, feed_strides(graph)))
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -245,22 +241,20 @@ class Session:
         finally:
             self.last_tier = program.runner.tier
 
-    def _program(self, names: tuple[str, ...], feed: Any, steps: int) -> tuple[_Program, list[Tensor]]:
-        flat, graph, key = self._flatten(names, feed, steps)
-        known = self._programs.get((key, names, steps))
+    def _program(self, names: tuple[str, ...], feeds: Sequence[Any]) -> tuple[_Program, list[Tensor]]:
+        """What runs `names` for these batches, one per step, and their tensors: those of the first step first."""
+        batches, graph, key = self._read(names, feeds)
+        known = self._programs.get((key, names, len(feeds)))
         if known is None:
             train = TRAIN in names
             wanted = tuple(dict.fromkeys(name for name in names if name != TRAIN))
             part = sparse_rows(prune(graph, wanted, graph.updates if train else ()))
-            whole = unroll(part, steps) if steps > 1 else part
-            runner = self._runner(part, whole, steps)
-            known = _Program(whole, wanted, runner, feed_strides(whole), feed_ranges(part))
-            self._programs[(key, names, steps)] = known
-        if known.ranges and feed is not None:
-            # As they were handed in: what is on a GPU by now could not be read without waiting for it.
-            given = flat if self._on_cpu else list(flatten_feed(feed)[0].values())
-            check_ranges(known.ranges, given, steps)
-        return known, laid_out(flat, known.strides)
+            whole = unroll(part, len(feeds)) if len(feeds) > 1 else part
+            runner = self._runner(part, whole, len(feeds))
+            known = _Program(whole, wanted, runner, feed_strides(part), feed_ranges(part))
+            self._programs[(key, names, len(feeds))] = known
+        check_ranges(known.ranges, [batch.given for batch in batches])
+        return known, [tensor for batch in batches for tensor in laid_out(batch.placed, known.strides)]
 
     def _runner(self, one: Graph, whole: Graph, steps: int) -> Runner | CapturedSteps:
         """For `steps` of the graph `one`, which are the graph `whole`: a GPU needs only one of them compiled."""
@@ -268,18 +262,20 @@ class Session:
             return CapturedSteps(Runner(one, self._compile, self.say), steps, self.say)
         return Runner(whole, self._compile, self.say)
 
-    def _flatten(self, names: tuple[str, ...], feed: Any, steps: int) -> tuple[list[Tensor], Graph, _Key]:
-        if feed is None:
+    def _read(self, names: tuple[str, ...], feeds: Sequence[Any]) -> tuple[list[Batch], Graph, Key]:
+        if feeds == [None]:
             self._refuse_missing_feed(names)
-            # Inputs that nothing reads still have their places.
-            empty = [torch.empty(f.spec.shape, dtype=f.spec.dtype, device=f.spec.device) for f in self.graph.feeds]
-            return empty, self.graph, _key(f.spec for f in self.graph.feeds)
-        flat = self._named_feeds(feed)
-        key = tuple((tuple(t.shape[1:] if steps > 1 else t.shape), t.dtype) for t in flat)
+            return [self._reader.empty()], self.graph, _key(f.spec for f in self.graph.feeds)
+        batches = [self._reader.read(feed) for feed in feeds]
+        key = batches[0].key
+        for batch in batches:
+            if batch.key != key:
+                changed = _describe_change(self.graph.feeds, batch.key, batches[0].key)
+                raise FeedError(f"the batches of one call must be alike: {changed}")
         if key not in self._graphs:
-            self._retrace(feed, flat, key, steps)
+            self._retrace(batches[0], key)
         self._graphs.move_to_end(key)
-        return flat, self._graphs[key], key
+        return batches, self._graphs[key], key
 
     def _refuse_missing_feed(self, names: tuple[str, ...]) -> None:
         needed = prune(self.graph, [n for n in names if n != TRAIN], self.graph.updates if TRAIN in names else ())
@@ -290,34 +286,14 @@ class Session:
                     f"{', '.join(names)} needs the feed {feed.name!r} ({feed.spec}), but no batch was given"
                 )
 
-    def _named_feeds(self, feed: Any) -> list[Tensor]:
-        try:
-            leaves, tree = flatten_feed(feed)
-        except TraceError as error:
-            raise FeedError(str(error)) from error
-        expected = pytree.treespec_loads(self.graph.feed_tree)
-        if tree != expected:
-            raise FeedError(
-                f"the batch nests as {_names(leaves)}, but the graph was traced with {_names(self.graph.feeds)}"
-            )
-        fed = [
-            leaf.to(feed.spec.device, non_blocking=True)
-            for leaf, feed in zip(leaves.values(), self.graph.feeds, strict=True)
-        ]
-        # A batch that is a variable, or a part of one, would change while the step runs.
-        return [tensor.clone() if shares(tensor, self._memory) else tensor for tensor in fed]
-
-    def _retrace(self, feed: Any, flat: list[Tensor], key: _Key, steps: int) -> None:
+    def _retrace(self, batch: Batch, key: Key) -> None:
         changed = _describe_change(self.graph.feeds, key)
         if self.graph.retrace is None:
             raise FeedError(f"{changed}. This graph was loaded from a file and cannot be traced for other shapes.")
         if any(dtype != f.spec.dtype for (_, dtype), f in zip(key, self.graph.feeds, strict=True)):
             raise FeedError(f"{changed}. Convert the batch to the dtype that the step was traced with.")
-        device_feed = pytree.tree_unflatten(
-            [t[0] if steps > 1 else t for t in flat], pytree.treespec_loads(self.graph.feed_tree)
-        )
         try:
-            graph = self.graph.retrace(device_feed)
+            graph = self.graph.retrace(self._reader.nest(batch))
         except (MillraceError, RuntimeError, ValueError, IndexError, TypeError) as error:
             notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
             raise FeedError(f"{changed}, and the step does not run on that: {error}{notes}") from error
@@ -344,7 +320,7 @@ class Session:
             warnings.warn(f"{changed}: the step was traced again for the new shape.", stacklevel=6)
 
 
-def _key(specs: Any) -> _Key:
+def _key(specs: Any) -> Key:
     return tuple((spec.shape, spec.dtype) for spec in specs)
 
 
@@ -352,17 +328,11 @@ def _names(feeds: Any) -> str:
     return "{" + ", ".join(f if isinstance(f, str) else f.name for f in feeds) + "}"
 
 
-def _describe_change(feeds: Sequence[Feed], key: _Key) -> str:
-    parts = [
-        f"feed {feed.name!r} is {dtype} {list(shape)} instead of {feed.spec.dtype} {list(feed.spec.shape)}"
-        for feed, (shape, dtype) in zip(feeds, key, strict=True)
-        if (feed.spec.shape, feed.spec.dtype) != (shape, dtype)
-    ]
-    return "; ".join(parts)
-
-
-def _stack_feeds(feeds: Sequence[Any]) -> Any:
-    try:
-        return pytree.tree_map(lambda *leaves: torch.stack(leaves), *feeds)
-    except (RuntimeError, ValueError) as error:
-        raise FeedError(f"the batches of one call must be alike: {error}") from error
+def _describe_change(feeds: Sequence[Feed], key: Key, expected: Key | None = None) -> str:
+    """In which feeds the shapes and dtypes `key` are not those `expected`, which are the traced ones if not given."""
+    expected = _key(feed.spec for feed in feeds) if expected is None else expected
+    return "; ".join(
+        f"feed {feed.name!r} is {dtype} {list(shape)} instead of {old_dtype} {list(old_shape)}"
+        for feed, (shape, dtype), (old_shape, old_dtype) in zip(feeds, key, expected, strict=True)
+        if (shape, dtype) != (old_shape, old_dtype)
+    )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from millrace.optim.optimizer import Optimizer
 from millrace.train.callbacks import Callback, CallbackList
 from millrace.train.evaluation import Evaluator
 from millrace.train.journal import Journal
-from millrace.train.plan import Plan
+from millrace.train.plan import Plan, PlanSettings
 from millrace.train.progress import Progress
 from millrace.train.result import Result
 from millrace.train.run_directory import RunDirectory
@@ -40,7 +40,7 @@ def fit(
     callbacks: Iterable[Callback] = (),
     device: str | torch.device | None = None,
     config: Mapping[str, Any] | None = None,
-    **settings: Any,
+    **settings: Unpack[PlanSettings],
 ) -> Result:
     """Train `model` in place; when this returns, it holds the trained weights.
 

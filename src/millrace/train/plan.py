@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from torch import Tensor
 
@@ -13,6 +13,31 @@ from millrace.compile.tiered import TIERS
 from millrace.errors import SettingError, did_you_mean
 from millrace.graph.training import PRECISIONS
 from millrace.train.early_stopping import EarlyStopping
+
+
+class PlanSettings(TypedDict, total=False):
+    """The settings of a `Plan` as keywords, for whoever takes them to pass them on."""
+
+    steps: int | None
+    epochs: int | None
+    precision: str
+    schedule: Callable[[Tensor], Tensor] | None
+    accumulate: int
+    compile: str
+    steps_per_call: int
+    seed: int
+    evaluate_every: int | None
+    checkpoint_every: int | None
+    keep_last: int
+    keep_best: int
+    monitor: str
+    mode: Literal["min", "max"]
+    early_stopping: EarlyStopping | None
+    log_every: int
+    progress: bool
+    run_dir: str | Path | bool
+    resume: bool
+
 
 FIXED = ("seed", "accumulate", "precision")  # of a run: resumed, it keeps them
 

@@ -6,7 +6,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from millrace.graph.graph import INFO, Graph, NodeInfo, feed_key, set_output
-from millrace.graph.signature import Feed, Phase, TensorSpec
+from millrace.graph.signature import Feed, Phase
 
 aten = torch.ops.aten
 
@@ -14,24 +14,20 @@ aten = torch.ops.aten
 def unroll(graph: Graph, steps: int) -> Graph:
     """`steps` runs of `graph`, each on the variables that the one before it left.
 
-    Every feed gets a leading axis of `steps`; every fetch is stacked along one. What a step costs beside its kernels is
-    paid once for all.
+    The feeds are those of the first step, then those of the second, …, named "0.images", "0.labels", "1.images", …;
+    every fetch is stacked along a new first axis. What a step costs beside its kernels is paid once for all.
     """
     fx = torch.fx.Graph()
     values: dict[str, Node] = {}
     old = graph.placeholders()
     for variable in graph.variables:
         values[variable.name] = _like(fx.placeholder(old[variable.name].name), old[variable.name])
-    stacked: dict[str, Node] = {}
-    for feed in graph.feeds:
-        source = old[feed_key(feed.name)]
-        stacked[feed.name] = fx.placeholder(source.name)
-        stacked[feed.name].meta["val"] = _stack_of(source.meta["val"], steps)
+    sources = [old[feed_key(feed.name)] for feed in graph.feeds]
+    feeds = [[_like(fx.placeholder(f"step{index}_{node.name}"), node) for node in sources] for index in range(steps)]
     fetched: dict[str, list[Node]] = {name: [] for name in graph.fetches}
     for index in range(steps):
         inputs = {old[name]: value for name, value in values.items()}
-        for feed in graph.feeds:
-            inputs[old[feed_key(feed.name)]] = _select(fx, stacked[feed.name], index)
+        inputs |= dict(zip(sources, feeds[index], strict=True))
         copied = _append(fx, graph, inputs)
         for name, node_name in graph.fetches.items():
             fetched[name].append(copied[node_name])
@@ -41,10 +37,11 @@ def unroll(graph: Graph, steps: int) -> Graph:
     set_output(fx, [*fetches.values(), *updates.values()])
     return graph.with_(
         module=GraphModule(graph.module, fx, class_name="Steps"),
-        feeds=tuple(Feed(f.name, TensorSpec((steps, *f.spec.shape), f.spec.dtype, f.spec.device)) for f in graph.feeds),
+        feeds=tuple(Feed(f"{index}.{f.name}", f.spec) for index in range(steps) for f in graph.feeds),
         fetches={name: node.name for name, node in fetches.items()},
         updates={name: node.name for name, node in updates.items()},
         retrace=None,
+        steps=graph.steps * steps,
     )
 
 
@@ -59,12 +56,6 @@ def _append(fx: torch.fx.Graph, graph: Graph, mapping: dict[Node, Node]) -> dict
 
 def _like(node: Node, source: Node) -> Node:
     node.meta = dict(source.meta)
-    return node
-
-
-def _select(fx: torch.fx.Graph, stacked: Node, index: int) -> Node:
-    node = fx.call_function(aten.select.int, (stacked, 0, index))
-    node.meta = {"val": stacked.meta["val"][index], INFO: NodeInfo()}
     return node
 
 
