@@ -53,17 +53,17 @@ __all__ = [
 
 _ROOMS = ("millrace.graph", "millrace.runtime", "millrace.train")  # where the names are
 
+if not TYPE_CHECKING:  # a type checker would believe every name
 
-def __getattr__(name: str) -> Any:
-    """Import what is asked for: PyTorch takes seconds, which the command line's help need not wait for."""
-    if name not in __all__:
-        raise AttributeError(f"module 'millrace' has no attribute {name!r}")
-    if name in ("data", "errors", "graph", "optim"):
-        return importlib.import_module(f"millrace.{name}")
-    room = next(room for room in map(importlib.import_module, _ROOMS) if name in room.__all__)
-    globals()[name] = found = getattr(room, name)
-    return found
+    def __getattr__(name: str) -> Any:
+        """Import what is asked for: PyTorch takes seconds, which the command line's help need not wait for."""
+        if name not in __all__:
+            raise AttributeError(f"module 'millrace' has no attribute {name!r}")
+        if name in ("data", "errors", "graph", "optim"):
+            return importlib.import_module(f"millrace.{name}")
+        room = next(room for room in map(importlib.import_module, _ROOMS) if name in room.__all__)
+        globals()[name] = found = getattr(room, name)
+        return found
 
-
-def __dir__() -> list[str]:
-    return __all__
+    def __dir__() -> list[str]:
+        return __all__
