@@ -68,3 +68,21 @@ def test_a_graph_that_only_copies_a_constant() -> None:
 
     graph = trace(step, {"w": torch.zeros(2)}, torch.ones(2))
     assert agree(graph, [torch.zeros(2)], [torch.ones(2)])
+
+
+def test_powers_of_a_count_are_worked_out_once() -> None:
+    def step(v: dict[str, Any], x: Tensor) -> Tensor:
+        v["n"] = v["n"] + 1
+        v["m"] = v["m"] + 1
+        return torch.stack([0.999 ** v["n"], 2.0 ** v["n"], (0.9 ** v["m"]).double()]) + x.sum()
+
+    start = {"n": torch.tensor(1000.0, dtype=torch.float64), "m": torch.tensor(7)}
+    graph = trace(step, start, torch.zeros(1, dtype=torch.float64))
+    module, _ = lowered(graph)
+    powers = [n for n in module.graph.nodes if n.target is torch.ops.aten.pow.Scalar]
+    assert len(powers) <= 1  # of the whole number
+    feeds = [torch.zeros(1, dtype=torch.float64)]
+    expected = torch.tensor([0.999**1001, 2.0**1001, 0.9**8], dtype=torch.float64)
+    (found,) = run_lowered(graph, [t.clone() for t in start.values()], feeds)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
+    torch.testing.assert_close(found[:2], expected[:2], rtol=1e-12, atol=0)

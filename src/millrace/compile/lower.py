@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 
 import torch
@@ -12,6 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from millrace.compile.in_place import assigned
 from millrace.graph.graph import Graph
 from millrace.graph.random import uniform_in_aten
+
+aten = torch.ops.aten
 
 
 def lowered(graph: Graph) -> tuple[GraphModule, list[Tensor]]:
@@ -24,10 +27,32 @@ def lowered(graph: Graph) -> tuple[GraphModule, list[Tensor]]:
     for node in list(module.graph.nodes):
         if node.target is torch.ops.millrace.uniform.default:
             _inline_uniform(module, node)
+        elif node.target is aten.pow.Scalar:
+            _power_as_exponential(module, node)
     constants = _constants_as_inputs(module)
     module.graph.lint()
     module.recompile()
     return module, constants
+
+
+def _power_as_exponential(module: GraphModule, node: Node) -> None:
+    """Write `b ** n` as `exp(n log b)` where n is a single number, such as Adam's count of steps.
+
+    Inductor takes what is used often and has an exponential in it for worth keeping. A power it would work out again
+    for every few elements of every parameter.
+    """
+    base, exponent = node.args
+    value = node.meta.get("val")
+    if not isinstance(base, int | float) or base <= 0 or not isinstance(value, Tensor) or value.ndim:
+        return
+    if not value.is_floating_point():
+        return
+    with module.graph.inserting_before(node):
+        product = module.graph.call_function(aten.mul.Tensor, (exponent, math.log(base)))
+        power = module.graph.call_function(aten.exp.default, (product,))
+    power.meta["val"] = product.meta["val"] = value
+    node.replace_all_uses_with(power)
+    module.graph.erase_node(node)
 
 
 def _constants_as_inputs(module: GraphModule) -> list[Tensor]:
