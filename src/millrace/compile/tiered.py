@@ -11,6 +11,7 @@ from torch import Tensor
 from millrace.compile.background import BackgroundCompilation
 from millrace.compile.compare import counted_fetches, difference, movements, tolerance
 from millrace.compile.eager import Compiled, compile_eager
+from millrace.compile.heap import give_back_freed_memory
 from millrace.compile.inductor import compile_inductor, one_line
 from millrace.compile.threads import is_small, lend_core, one_thread, take_back_core
 from millrace.errors import CompileError, SettingError
@@ -125,6 +126,7 @@ class Runner:
     def _swap_in(self, compiled: Compiled, seconds: float) -> None:
         self._run = compiled
         self.tier = "inductor"
+        give_back_freed_memory()
         took = f" in {seconds:.1f} s" if seconds else ""
         self._say(f"compiled {len(self._graph.nodes)} nodes{took}; swapped in at call {self._calls}")
 
