@@ -11,12 +11,12 @@ from xml.etree import ElementTree
 import pytest
 
 from millrace.errors import SettingError
-from millrace.graph.contract import contract
 from millrace.graph.draw import MOST_NODES, draw, picture_of
-from millrace.graph.frames import frames
 from millrace.graph.graph import Graph, info
 from millrace.graph.passes.prune import prune
-from millrace.graph.picture import FEED, FETCH, Picture, module_picture, node_picture
+from millrace.graph.picture.contract import contract
+from millrace.graph.picture.frames import frames
+from millrace.graph.picture.picture import FEED, FETCH, Picture, module_picture, node_picture
 from millrace.graph.scopes import scope_of
 from millrace.graph.signature import Phase
 from millrace.graph.sizes import human_bytes

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from millrace.graph.functional import functionalize, renamed, rerun
+from millrace.graph.tracing.functional import functionalize, renamed, rerun
 
 aten = torch.ops.aten
 Program = Callable[[Tensor, Tensor], Tensor]

@@ -7,8 +7,8 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millrace.graph.layout import Edge, Item, arrange, ranks
-from millrace.graph.routes import route
+from millrace.graph.picture.layout import Edge, Item, arrange, ranks
+from millrace.graph.picture.routes import route
 
 sizes = st.floats(20, 200)
 

@@ -71,7 +71,7 @@ def test_bfloat16_follows_eager(whole: bool) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     graph = training_graph(model, _loss, optimizer, x, precision=precision)
     assert _kernels(graph) == 4
-    assert next(n.meta["val"] for n in graph.nodes if "lstm_layer" in str(n.target))[0].dtype == torch.float32
+    assert next(n.meta["val"] for n in graph.nodes if "lstm_layer" in str(n.target))[0].dtype == torch.bfloat16
     run = compile_eager(graph)
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
     for _ in range(5):

@@ -12,7 +12,7 @@ from torch import Tensor
 from millrace.errors import FeedError
 from millrace.graph.graph import Graph
 from millrace.graph.trace import trace
-from millrace.runtime.aliasing import storages
+from millrace.runtime.aliasing import Memory
 from millrace.runtime.feeds import FeedReader
 
 W = torch.ones(3)
@@ -27,7 +27,7 @@ def _graph(feed: Any) -> Graph:
 
 
 def _reader(feed: Any) -> FeedReader:
-    return FeedReader(_graph(feed), frozenset())
+    return FeedReader(_graph(feed), Memory([]))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_another_batch_is_refused(given: Any, message: str) -> None:
 
 
 def test_a_batch_that_lies_in_a_variable_is_copied() -> None:
-    reader = FeedReader(_graph((W, Y)), storages([W]))
+    reader = FeedReader(_graph((W, Y)), Memory([W]))
     first, second = reader.read((W[:], Y)).placed
     assert first.data_ptr() != W.data_ptr()
     assert torch.equal(first, W)

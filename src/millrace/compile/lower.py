@@ -29,6 +29,8 @@ def lowered(graph: Graph) -> tuple[GraphModule, list[Tensor]]:
             _inline_uniform(module, node)
         elif node.target is aten.pow.Scalar:
             _power_as_exponential(module, node)
+        elif node.target is aten.addmm.default:
+            _bias_apart(module, node)
     constants = _constants_as_inputs(module)
     module.graph.lint()
     module.recompile()
@@ -52,6 +54,28 @@ def _power_as_exponential(module: GraphModule, node: Node) -> None:
         power = module.graph.call_function(aten.exp.default, (product,))
     power.meta["val"] = product.meta["val"] = value
     node.replace_all_uses_with(power)
+    module.graph.erase_node(node)
+
+
+def _bias_apart(module: GraphModule, node: Node) -> None:
+    """Write `addmm(bias, a, b)` as `mm(a, b) + bias`, whose sum is fused with what comes after.
+
+    The library's product first fills its result with the bias, in a pass of its own over the memory. Inductor would put
+    the two together again, but for the view in between. In lower precisions that would round once more.
+    """
+    value = node.meta.get("val")
+    if node.kwargs or not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.float64):
+        return
+    if value.device.type != "cpu":
+        return
+    bias, a, b = node.args
+    with module.graph.inserting_before(node):
+        product = module.graph.call_function(aten.mm.default, (a, b))
+        lifted = module.graph.call_function(aten.unsqueeze.default, (product, 0))
+        total = module.graph.call_function(aten.add.Tensor, (lifted, bias))
+        result = module.graph.call_function(aten.squeeze.dim, (total, 0))
+    product.meta["val"] = result.meta["val"] = value
+    node.replace_all_uses_with(result)
     module.graph.erase_node(node)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from millrace.compile.background import BackgroundCompilation
 from millrace.compile.compare import counted_fetches, difference, movements, tolerance
 from millrace.compile.eager import Compiled, compile_eager
-from millrace.compile.heap import give_back_freed_memory
+from millrace.compile.heap import give_back_freed_memory, keep_freed_memory
 from millrace.compile.inductor import compile_inductor, one_line
 from millrace.compile.threads import is_small, lend_core, one_thread, take_back_core
 from millrace.errors import CompileError, SettingError
@@ -27,6 +27,7 @@ class Runner:
     def __init__(self, graph: Graph, compile: str, say: Say) -> None:
         if compile not in TIERS:
             raise SettingError(f"compile={compile!r}: expected one of {', '.join(TIERS)}")
+        keep_freed_memory()
         self.tier = "eager"
         self._graph = graph
         self._say = say

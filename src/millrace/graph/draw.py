@@ -10,10 +10,10 @@ from typing import Literal, get_args
 
 from millrace.errors import SettingError, did_you_mean
 from millrace.graph.graph import Graph
-from millrace.graph.picture import Colour, Picture, module_picture, node_picture
+from millrace.graph.picture.picture import Colour, Picture, module_picture, node_picture
+from millrace.graph.picture.svg import to_svg
 from millrace.graph.signature import Phase
 from millrace.graph.sizes import human_bytes
-from millrace.graph.svg import to_svg
 
 Level = Literal["module", "node"]
 MOST_NODES = 300  # more boxes than that no one can read

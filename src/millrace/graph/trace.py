@@ -20,15 +20,15 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from millrace.errors import TraceError
-from millrace.graph.finish import finish
-from millrace.graph.functional import functionalize
 from millrace.graph.graph import Graph
 from millrace.graph.random import RandomStream, new_random
-from millrace.graph.recorder import LINE, Recorder
-from millrace.graph.replace_calls import ReplacedCalls
 from millrace.graph.signature import Feed, Role, TensorSpec, Variable
-from millrace.graph.trace_errors import at_the_call, explained, functionalizing, refuse_strays
-from millrace.graph.variables import Holders
+from millrace.graph.tracing.finish import finish
+from millrace.graph.tracing.functional import functionalize
+from millrace.graph.tracing.recorder import LINE, Recorder
+from millrace.graph.tracing.replace_calls import ReplacedCalls
+from millrace.graph.tracing.trace_errors import at_the_call, explained, functionalizing, refuse_strays
+from millrace.graph.tracing.variables import Holders
 
 Step = Callable[[dict[str, Any], Any], Any]
 RANDOM = "random"

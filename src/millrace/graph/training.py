@@ -15,7 +15,7 @@ from millrace.errors import TraceError
 from millrace.graph.graph import Graph
 from millrace.graph.signature import Role
 from millrace.graph.trace import trace
-from millrace.graph.variables import Value
+from millrace.graph.tracing.variables import Value
 
 Loss = Callable[[Any, Any], Any]
 STEP = "step"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from itertools import takewhile
 
@@ -41,14 +42,21 @@ def check_variables(graph: Graph, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def storages(tensors: Iterable[Tensor]) -> frozenset[int]:
-    """The addresses of the tensors' memory, for `shares`."""
-    return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors) - {0}
+class Memory:
+    """Where tensors lie."""
 
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        pieces = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        self._starts = sorted(start for start in pieces if start)
+        self._ends = [start + pieces[start] for start in self._starts]
 
-def shares(tensor: Tensor, addresses: frozenset[int]) -> bool:
-    """Whether `tensor` may lie in one of the `storages`."""
-    return tensor.layout is torch.strided and tensor.untyped_storage().data_ptr() in addresses
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether `tensor` may share memory with one of them. Quick, since it is asked of every batch."""
+        if tensor.layout is not torch.strided:
+            return False
+        address = tensor.data_ptr()
+        before = bisect_right(self._starts, address) - 1
+        return before >= 0 and address < self._ends[before]
 
 
 def _sharing(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, str]]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.utils._pytree as pytree
@@ -13,13 +12,12 @@ from torch import Tensor
 from millrace.errors import FeedError, TraceError
 from millrace.graph.graph import Graph
 from millrace.graph.trace import flatten_feed
-from millrace.runtime.aliasing import shares
+from millrace.runtime.aliasing import Memory
 
 Key = tuple[tuple[tuple[int, ...], torch.dtype], ...]  # what of a batch decides which graph it needs
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """A batch, flat. `given`: the user's own tensors, wherever they are; `placed`: where the graph wants them."""
 
     given: list[Tensor]
@@ -28,7 +26,7 @@ class Batch:
     @property
     def key(self) -> Key:
         """The shapes and dtypes, in order."""
-        return tuple((t.shape, t.dtype) for t in self.placed)
+        return tuple([(t.shape, t.dtype) for t in self.placed])
 
 
 class FeedReader:
@@ -38,7 +36,7 @@ class FeedReader:
     it is copied.
     """
 
-    def __init__(self, graph: Graph, memory: frozenset[int]) -> None:
+    def __init__(self, graph: Graph, memory: Memory) -> None:
         self._feeds = graph.feeds
         self._tree = pytree.treespec_loads(graph.feed_tree)
         self._devices = [torch.device(feed.spec.device) for feed in graph.feeds]
@@ -63,7 +61,7 @@ class FeedReader:
         placed = []
         for leaf, device in zip(leaves, self._devices, strict=True):
             on_device = leaf if leaf.device == device else leaf.to(device, non_blocking=True)
-            placed.append(on_device.clone() if shares(on_device, self._memory) else on_device)
+            placed.append(on_device.clone() if self._memory.holds(on_device) else on_device)
         return Batch(leaves, placed)
 
     def nest(self, batch: Batch) -> Any:

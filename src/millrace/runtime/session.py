@@ -24,7 +24,7 @@ from millrace.graph.passes.prune import prune
 from millrace.graph.passes.sparse_rows import sparse_rows
 from millrace.graph.passes.unroll import unroll
 from millrace.graph.signature import Feed
-from millrace.runtime.aliasing import check_variables, storages
+from millrace.runtime.aliasing import Memory, check_variables
 from millrace.runtime.commit import aside, make_directory, sync_directory, write_failure
 from millrace.runtime.feeds import Batch, FeedReader, Key
 from millrace.runtime.ranges import Range, check_ranges, feed_ranges
@@ -86,7 +86,7 @@ class Session:
         if copy:
             self._variables = {name: tensor.clone() for name, tensor in self._variables.items()}
         check_variables(graph, self._variables)
-        self._reader = FeedReader(graph, storages(self._variables.values()))
+        self._reader = FeedReader(graph, Memory(self._variables.values()))
         self._graphs: OrderedDict[Key, Graph] = OrderedDict({_key(f.spec for f in graph.feeds): graph})
         self._programs: dict[tuple[Any, ...], _Program] = {}
         self._watches: list[Watch] = []

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from millrace.graph.graph import Graph, info
-from millrace.runtime.aliasing import shares, storages
+from millrace.runtime.aliasing import Memory
 
 See = Callable[[str, Tensor], None]
 
@@ -34,7 +34,7 @@ class Watch:
 
 
 class _Shown(Interpreter):
-    def __init__(self, graph: Graph, watches: Sequence[Watch], memory: frozenset[int]) -> None:
+    def __init__(self, graph: Graph, watches: Sequence[Watch], memory: Memory) -> None:
         super().__init__(graph.module)
         self._watches = watches
         self._memory = memory
@@ -45,7 +45,7 @@ class _Shown(Interpreter):
             for watch in self._watches:
                 if watch.matches(n):
                     # Whoever keeps a view of a variable must not find it changed by the next step.
-                    watch.see(n.name, value.clone() if shares(value, self._memory) else value)
+                    watch.see(n.name, value.clone() if self._memory.holds(value) else value)
         return value
 
 
@@ -54,7 +54,7 @@ def run_watched(
 ) -> list[Tensor]:
     """Run the step with every watched tensor shown; updates are assigned at the end. Returns the fetches."""
     with torch.no_grad():
-        results = _Shown(graph, watches, storages(variables)).run(*variables, *feeds)
+        results = _Shown(graph, watches, Memory(variables)).run(*variables, *feeds)
         # Some results are views of variables, or of each other's new values.
         results = [value.clone() for value in results]
         by_name = {v.name: tensor for v, tensor in zip(graph.variables, variables, strict=True)}

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from millrace.errors import TraceError
-from millrace.graph.ctc import ctc_loss
 from millrace.graph.random import RandomStream
-from millrace.graph.user_code import user_line
+from millrace.graph.tracing.ctc import ctc_loss
+from millrace.graph.tracing.user_code import user_line
 
 ATTENTION, GAUSSIAN_LOSS, RRELU = F.scaled_dot_product_attention, F.gaussian_nll_loss, F.rrelu
 # Positions of arguments: (query, key, value, mask, dropout, …) and (weight, indices, offsets, scale, mode, sparse, …).

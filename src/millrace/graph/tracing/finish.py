@@ -15,8 +15,8 @@ from millrace.graph.check import check
 from millrace.graph.graph import INFO, Graph, NodeInfo, set_output
 from millrace.graph.passes.merge_counters import merge_counters
 from millrace.graph.passes.simplify import simplify
-from millrace.graph.recorder import ORIGIN, Origin
 from millrace.graph.signature import Feed, Phase, Variable
+from millrace.graph.tracing.recorder import ORIGIN, Origin
 
 aten = torch.ops.aten
 _IDENTITIES = {aten.detach.default, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.alias.default}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from millrace.errors import TraceError
-from millrace.graph.user_code import stack_level
+from millrace.graph.tracing.user_code import stack_level
 
 _UNSEEN = ("training",)  # of no consequence for a graph: the mode in which it was traced stays
 

@@ -15,9 +15,9 @@ from typing import Literal
 from torch import Tensor
 from torch.fx import Node
 
-from millrace.graph.contract import contract
 from millrace.graph.graph import Graph, feed_key, info
-from millrace.graph.layout import Edge, ranks
+from millrace.graph.picture.contract import contract
+from millrace.graph.picture.layout import Edge, ranks
 from millrace.graph.scopes import SHARED, cut, fitting_depth, scope_of
 from millrace.graph.signature import Phase, short_dtype
 from millrace.graph.sizes import human_bytes, new_bytes, value_bytes

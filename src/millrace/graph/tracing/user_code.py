@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-_HERE = str(Path(__file__).resolve().parent.parent) + os.sep
+_HERE = str(Path(__file__).resolve().parents[2]) + os.sep
 _TORCH = str(Path(torch.__file__).resolve().parent) + os.sep
 _owned: dict[str, bool] = {}
 

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from millrace.errors import TraceError
 from millrace.graph.random import REPLACEMENTS
-from millrace.graph.refusals import WHILE_WITH_GRADIENT, tensors_in, written_by
+from millrace.graph.tracing.refusals import WHILE_WITH_GRADIENT, tensors_in, written_by
 
 Body = Callable[..., Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from millrace.graph.layout import Edge, Item, Layout, Point
+from millrace.graph.picture.layout import Edge, Item, Layout, Point
 
 _PORT = 13.0  # px between arrows at one side of a box
 _BEND = 10.0  # radius of a rail's corners, px

@@ -11,12 +11,12 @@ from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
 
 from millrace.errors import TraceError
-from millrace.graph.closures import bodies_within, call_without_closures
-from millrace.graph.lstm import fits, lstm
-from millrace.graph.refusals import PRINTED
 from millrace.graph.signature import TensorSpec
-from millrace.graph.stand_ins import ATTENTION, GAUSSIAN_LOSS, RRELU, attention, gaussian_nll_loss, rrelu
-from millrace.graph.user_code import user_line
+from millrace.graph.tracing.closures import bodies_within, call_without_closures
+from millrace.graph.tracing.lstm import fits, lstm
+from millrace.graph.tracing.refusals import PRINTED
+from millrace.graph.tracing.stand_ins import ATTENTION, GAUSSIAN_LOSS, RRELU, attention, gaussian_nll_loss, rrelu
+from millrace.graph.tracing.user_code import user_line
 
 
 class ReplacedCalls(TorchFunctionMode):

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from millrace.graph.frames import Frame, frames
-from millrace.graph.layout import Edge, Item, Layout, Point, arrange
-from millrace.graph.picture import FEED, FETCH, Box, Picture
-from millrace.graph.routes import Curve, bounds, route
+from millrace.graph.picture.frames import Frame, frames
+from millrace.graph.picture.layout import Edge, Item, Layout, Point, arrange
+from millrace.graph.picture.picture import FEED, FETCH, Box, Picture
+from millrace.graph.picture.routes import Curve, bounds, route
 from millrace.graph.scopes import SHARED
 from millrace.graph.signature import Phase
 from millrace.graph.sizes import human_bytes

@@ -20,9 +20,9 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from millrace.errors import MillraceError, TraceError
-from millrace.graph.recorder import ORIGIN, Origin, Recorder, where
-from millrace.graph.refusals import PRINTED, WAYS_OUT, WHILE_WITH_GRADIENT
-from millrace.graph.user_code import definition_of, line_of, names_a_line, user_line
+from millrace.graph.tracing.recorder import ORIGIN, Origin, Recorder, where
+from millrace.graph.tracing.refusals import PRINTED, WAYS_OUT, WHILE_WITH_GRADIENT
+from millrace.graph.tracing.user_code import definition_of, line_of, names_a_line, user_line
 
 _VALUES = (
     "the step decides something in Python by a tensor's value (`if`, `while`, `.item()`, a selection of unknown size), "

@@ -21,17 +21,17 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from millrace.graph.random import REPLACEMENTS, RandomStream
-from millrace.graph.refusals import (
+from millrace.graph.signature import Phase
+from millrace.graph.tracing.refusals import (
     Outsiders,
     refuse_hidden_generator,
     refuse_hidden_read,
     refuse_unknown_size,
     tensors_in,
 )
-from millrace.graph.signature import Phase
-from millrace.graph.stand_ins import stand_ins
-from millrace.graph.user_code import user_line
-from millrace.graph.variables import Holders
+from millrace.graph.tracing.stand_ins import stand_ins
+from millrace.graph.tracing.user_code import user_line
+from millrace.graph.tracing.variables import Holders
 
 # Keys under node.meta["custom"], which torch copies from node to node through every retracing.
 ORIGIN = "millrace_origin"

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from millrace.errors import TraceError, did_you_mean
-from millrace.graph.modules import module_with, refuse_module
-from millrace.graph.optimizer_state import OptimizerState
 from millrace.graph.signature import Role, TensorSpec, Variable
+from millrace.graph.tracing.modules import module_with, refuse_module
+from millrace.graph.tracing.optimizer_state import OptimizerState
 
 
 @dataclass(frozen=True)

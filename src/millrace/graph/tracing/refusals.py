@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from millrace.errors import TraceError
-from millrace.graph.user_code import user_line
+from millrace.graph.tracing.user_code import user_line
 
 aten = torch.ops.aten
 

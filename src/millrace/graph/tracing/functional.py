@@ -20,7 +20,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from millrace.graph.aliases import give_bodies_own_memory, is_view
+from millrace.graph.tracing.aliases import give_bodies_own_memory, is_view
 
 aten = torch.ops.aten
 _SAME = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}

@@ -134,9 +134,15 @@ def fits(arguments: Sequence[Any]) -> bool:
         and has_biases
         and len(weights) == 4 * layers * (2 if bidirectional else 1)
         and all(_dtype(t) is _dtype(x) for t in (*state, *weights))
-        and _dtype(x) in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
+        and (_dtype(x) == torch.float32 or (_dtype(x) == torch.bfloat16 and _has_bfloat16()))
     )
+
+
+@functools.cache
+def _has_bfloat16() -> bool:
+    """Whether this processor's kernel computes in bfloat16."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _dtype(tensor: Tensor) -> torch.dtype:
@@ -156,14 +162,10 @@ def lstm(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`torch.lstm` layer by layer, each direction one node. Arguments and results as `torch.lstm`'s.
-
-    In bfloat16 everything that goes into a layer or comes out of one is rounded, and the kernel computes in float32:
-    its own bfloat16 gradient is a reference implementation, some thirty times slower.
-    """
+    """`torch.lstm` layer by layer, each direction one node. Arguments and results as `torch.lstm`'s."""
     dtype = _dtype(x)
-    x_TBI = _rounded((x.transpose(0, 1) if batch_first else x).contiguous(), dtype)
-    state, weights = [_rounded(t, dtype) for t in state], [_rounded(t, dtype) for t in weights]
+    x_TBI = (x.transpose(0, 1) if batch_first else x).contiguous().to(dtype)
+    state, weights = [t.to(dtype) for t in state], [t.to(dtype) for t in weights]
     directions = 2 if bidirectional else 1
     last_h, last_c = [], []
     for layer in range(layers):
@@ -178,11 +180,5 @@ def lstm(
             found.append(y)
             last_h.append(h)
             last_c.append(c)
-        x_TBI = _rounded(torch.cat(found, -1) if bidirectional else found[0], dtype)
-    y = x_TBI.transpose(0, 1) if batch_first else x_TBI
-    return y.to(dtype), torch.stack(last_h).to(dtype), torch.stack(last_c).to(dtype)
-
-
-def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In float32, with the values that `dtype` can hold."""
-    return tensor.to(dtype).to(torch.float32)
+        x_TBI = torch.cat(found, -1) if bidirectional else found[0]
+    return x_TBI.transpose(0, 1) if batch_first else x_TBI, torch.stack(last_h), torch.stack(last_c)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from millrace.graph.picture import Box, Picture
+from millrace.graph.picture.picture import Box, Picture
 from millrace.graph.scopes import SHARED
 
 
