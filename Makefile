@@ -6,8 +6,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# How tests run. One process with two torch threads is as fast on two cores as two processes with one.
-PYTEST_ARGS ?=
+# How tests run: two processes, one torch thread each.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help train test lint format types contract bench check clean

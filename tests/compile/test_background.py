@@ -58,7 +58,7 @@ class Children(list[subprocess.Popen[bytes]]):
     def __init__(self, command: str) -> None:
         self.command = command
 
-    def start(self, graph_file: Path, errors: IO[bytes]) -> subprocess.Popen[bytes]:
+    def start(self, graph_file: Path, threads: int, errors: IO[bytes]) -> subprocess.Popen[bytes]:
         # As the real one is started: what it leaves running has its standard error.
         child = subprocess.Popen(["sh", "-c", self.command], stderr=errors, start_new_session=True)
         self.append(child)
