@@ -42,7 +42,7 @@ def test_whatever_makes_other_code_makes_another_name(monkeypatch: pytest.Monkey
     assert artifact_path(graph).name == names[0]
     changes: list[tuple[Any, str, Any]] = [
         (torch, "__version__", "2.99"),
-        (torch, "get_num_threads", lambda: 3),
+        (artifacts, "threads_for", lambda _: 3),
         (torch, "are_deterministic_algorithms_enabled", lambda: True),
         (torch, "get_float32_matmul_precision", lambda: "medium"),
         (torch.backends.cpu, "get_cpu_capability", lambda: "NEON"),

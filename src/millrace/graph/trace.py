@@ -119,7 +119,7 @@ def _tracing() -> Iterator[None]:
     compiling, collecting = torch.compiler._is_compiling_flag, gc.isenabled()
     # Optimizers and models ask this flag whether Python may look at values.
     torch.compiler._is_compiling_flag = True
-    gc.disable()  # what a trace makes lives until its end; looking through it again and again took an eighth of the time
+    gc.disable()  # what a trace makes lives until its end; looking through it again took an eighth of the time
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="TF32 acceleration")
