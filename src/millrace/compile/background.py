@@ -18,7 +18,7 @@ from typing import IO
 from millrace.compile.artifacts import cache_directory
 from millrace.compile.eager import Compiled
 from millrace.compile.inductor import compile_inductor, load_cached, one_line
-from millrace.compile.threads import threads_for
+from millrace.compile.threads import core_is_free, lend_core, threads_for
 from millrace.compile.worker import UNKNOWN_OPERATOR
 from millrace.errors import CompileError, GraphError
 from millrace.graph.graph import Graph
@@ -42,6 +42,7 @@ class BackgroundCompilation:
         self._graph = graph
         self._cancelled = threading.Event()
         self._child: subprocess.Popen[bytes] | None = None
+        lend_core()
         self._thread = threading.Thread(target=self._work, name="millrace-compile", daemon=True)
         self._thread.start()
 
@@ -65,6 +66,7 @@ class BackgroundCompilation:
         except Exception as error:
             result = CompileError(one_line(error))
         self.seconds = time.monotonic() - start
+        core_is_free()
         self.result = result
 
     def _compiled(self) -> Compiled:

@@ -59,12 +59,18 @@ def lend_core() -> None:
             _lent = 1
 
 
-def take_back_core() -> None:
-    """The end of a `lend_core`; the last one gives training its core again."""
-    global _lent, _borrowers
+def core_is_free() -> None:
+    """The end of a `lend_core`, said by whichever thread sees it."""
+    global _borrowers
     with _lock:
         _borrowers -= 1
-        if _borrowers == 0 and _lent:
+
+
+def take_back_core() -> None:
+    """Give training its core again once nobody compiles. For the thread that trains, whose setting it is."""
+    global _lent
+    if _lent and not _borrowers:
+        with _lock:
             torch.set_num_threads(torch.get_num_threads() + _lent)
             _lent = 0
 

@@ -13,7 +13,7 @@ from millrace.compile.compare import counted_fetches, difference, movements, tol
 from millrace.compile.eager import Compiled, compile_eager
 from millrace.compile.heap import give_back_freed_memory, keep_freed_memory
 from millrace.compile.inductor import compile_inductor, one_line
-from millrace.compile.threads import is_small, lend_core, one_thread, take_back_core
+from millrace.compile.threads import is_small, one_thread, take_back_core
 from millrace.errors import CompileError, SettingError
 from millrace.graph.graph import Graph
 
@@ -47,6 +47,7 @@ class Runner:
     def __call__(self, variables: Sequence[Tensor], feeds: Sequence[Tensor]) -> list[Tensor]:
         """Run the step: `variables` are updated in place, the fetches returned."""
         self._calls += 1
+        take_back_core()
         if self._wanted == "tiered":
             self._watch_background()
         run = self._run if self._unproved is None else self._prove
@@ -64,9 +65,8 @@ class Runner:
 
     def _begin(self) -> None:
         self._background = BackgroundCompilation(self._graph)
-        lend_core()
         # Nobody will call what is compiled for a runner that is gone.
-        self._cancel = weakref.finalize(self, _cancel, self._background)
+        weakref.finalize(self, self._background.cancel)
 
     def _watch_background(self) -> None:
         if self._background is None:
@@ -82,7 +82,6 @@ class Runner:
         else:
             self._unproved = (result, self._background.seconds)
         self._background = None
-        self._cancel()
 
     def _prove(self, variables: Sequence[Tensor], feeds: Sequence[Tensor]) -> list[Tensor]:
         """Take this step compiled on copies, take it again eagerly, and swap if both agree.
@@ -133,11 +132,6 @@ class Runner:
 
     def _stay_eager(self, why: str) -> None:
         self._say(f"staying eager: {why.splitlines()[0]}")
-
-
-def _cancel(compilation: BackgroundCompilation) -> None:
-    compilation.cancel()
-    take_back_core()
 
 
 def _is_finite(tensor: Tensor) -> bool:
