@@ -173,7 +173,7 @@ def test_background_knows_the_threads_of_the_run(monkeypatch: pytest.MonkeyPatch
     seen: list[int] = []
 
     def look(_: Graph) -> None:
-        seen.append(torch.get_num_threads())
+        seen.append(torch.get_num_threads() + threads._lent)
         raise CompileError("enough")
 
     monkeypatch.setattr(background, "load_cached", look)
@@ -181,5 +181,6 @@ def test_background_knows_the_threads_of_the_run(monkeypatch: pytest.MonkeyPatch
     try:
         background.BackgroundCompilation(step_graph()).wait(60)
     finally:
+        threads.take_back_core()
         torch.set_num_threads(1)
     assert seen == [2]
