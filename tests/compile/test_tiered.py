@@ -13,6 +13,7 @@ from torch import Tensor
 import millrace.compile.background as background
 import millrace.compile.inductor as inductor
 import millrace.compile.tiered as tiered
+from millrace.compile import threads
 from millrace.compile.eager import Compiled, compile_eager
 from millrace.compile.tiered import TIERS, Runner
 from millrace.errors import CompileError, SettingError
