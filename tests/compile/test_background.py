@@ -154,7 +154,7 @@ def test_what_a_child_cannot_do_is_compiled_here(
 ) -> None:
     """An operator that only this process has registered, or an artifact that cannot be saved."""
     pretend(f"exit {UNKNOWN_OPERATOR}")
-    monkeypatch.setattr(background, "compile_inductor", compile_eager)
+    monkeypatch.setattr(background, "compile_inductor", lambda graph, _: compile_eager(graph))
     said, variables = Said(), fresh(step_graph())
     runner = Runner(step_graph(), "tiered", said.append)
     runner.wait(SOON_S)

@@ -43,5 +43,5 @@ def test_a_step_finds_the_memory_of_the_one_before(tmp_path: Path) -> None:
     done = run_program(PROGRAM, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     faults, returned = (int(line) for line in done.stdout.split())
-    assert faults < 100  # of the 8,192 pages that a step uses
+    assert faults < 800  # of the 8,192 pages that a step uses
     assert returned > 7000  # all of it is free, and goes back when that is wanted

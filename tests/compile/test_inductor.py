@@ -77,9 +77,9 @@ def test_a_second_process_compiles_nothing(tier: str, tmp_path: Path) -> None:
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_cache: Compiled) -> Path:
     """A copy of the cache with the artifact in it, to do damage to; the kernels are shared. Returns the artifact."""
-    shared = artifact_path(step_graph())
+    shared = artifact_path(step_graph(), 1)
     monkeypatch.setenv("MILLRACE_CACHE", str(tmp_path / "cache"))
-    path = artifact_path(step_graph())
+    path = artifact_path(step_graph(), 1)
     assert path.name == shared.name
     shutil.copy(shared, path)
     return path
@@ -87,11 +87,11 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_cache: Compile
 
 def test_an_artifact_in_the_cache_is_what_runs(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inductor, "compile_module", nothing_compiles)
-    assert is_cached(step_graph())
+    assert is_cached(step_graph(), 1)
     run_steps(compile_inductor(step_graph()), fresh(step_graph()), 1)
     own_cache.unlink()
-    assert not is_cached(step_graph())
-    assert load_cached(step_graph()) is None
+    assert not is_cached(step_graph(), 1)
+    assert load_cached(step_graph(), 1) is None
     with pytest.raises(CompileError, match="something was compiled"):
         compile_inductor(step_graph())
 
@@ -115,7 +115,7 @@ def test_a_damaged_artifact_is_compiled_anew_and_mended(
 ) -> None:
     whole = own_cache.read_bytes()
     own_cache.write_bytes(whole[: len(whole) // 2])
-    assert load_cached(step_graph()) is None
+    assert load_cached(step_graph(), 1) is None
     monkeypatch.setattr(inductor, "compile_module", lambda *_: Stub(in_cache))
     run_steps(compile_inductor(step_graph()), fresh(step_graph()), 1)
     assert read_artifact(own_cache) == b"code"
@@ -125,8 +125,8 @@ def test_a_damaged_artifact_is_compiled_anew_and_mended(
 def test_an_artifact_that_torch_cannot_read_is_a_miss(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its checksum is right, but another torch wrote it."""
     inductor.write_artifact(b"CacheCompiledArtifact of another version", own_cache)
-    assert is_cached(step_graph())
-    assert load_cached(step_graph()) is None
+    assert is_cached(step_graph(), 1)
+    assert load_cached(step_graph(), 1) is None
 
 
 def test_a_compiler_that_fails_is_one_line_and_no_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.fx.traceback as fx_traceback
 from tests.compile.steps import BATCH, Said, fresh, step_graph
-from torch import nn
+from torch import Tensor, nn
 
-from millrace.compile import threads
-from millrace.compile.threads import core_is_free, is_small, lend_core, one_thread, take_back_core, threads_for
+from millrace import fit
+from millrace.compile import inductor, threads
+from millrace.compile.eager import compile_eager
+from millrace.compile.threads import at_most, compilation_begins, compilation_ends, free_threads, is_small
 from millrace.compile.tiered import Runner
 from millrace.errors import CompileError
-from millrace.graph.graph import Graph
+from millrace.graph.graph import Graph, info
 from millrace.graph.training import training_graph
+from millrace.optim import sgd
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +29,7 @@ def _all_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Training on every core, of which there are three."""
     before = torch.get_num_threads()
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
-    monkeypatch.setattr(threads, "_borrowers", 0)  # a compilation of another test may still run
-    monkeypatch.setattr(threads, "_lent", 0)
+    monkeypatch.setattr(threads, "_compilations", 0)  # one of another test may still run
     torch.set_num_threads(3)
     yield 3
     torch.set_num_threads(before)
@@ -68,7 +72,7 @@ def test_a_small_step_runs_on_one_thread_and_others_keep_theirs() -> None:
 
 def test_the_number_of_threads_is_given_back_after_an_error() -> None:
     def fail() -> None:
-        with one_thread():
+        with at_most(1):
             seen.append(torch.get_num_threads())
             raise ZeroDivisionError
 
@@ -79,52 +83,94 @@ def test_the_number_of_threads_is_given_back_after_an_error() -> None:
     assert torch.get_num_threads() == 3
 
 
-def test_a_core_is_lent_once_however_many_compile_and_kernels_are_made_for_all() -> None:
-    graph = _graph(nn.Linear(160, 160), 160, 160)
-    lend_core()
-    lend_core()
-    assert torch.get_num_threads() == 2
-    assert threads_for(graph) == 3
-    core_is_free()
-    take_back_core()
-    assert torch.get_num_threads() == 2
-    core_is_free()
-    take_back_core()
-    assert torch.get_num_threads() == 3
-    assert threads_for(graph) == 3
+def test_never_more_threads_than_there_were() -> None:
+    with at_most(5):
+        assert torch.get_num_threads() == 3
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_no_core_is_lent_when_there_is_one_free_or_only_one(count: int) -> None:
-    torch.set_num_threads(count)
-    lend_core()
-    assert torch.get_num_threads() == count
-    take_back_core()
-    assert torch.get_num_threads() == count
+@pytest.mark.parametrize(("threads", "left"), [(1, 1), (2, 2), (3, 2)])
+def test_a_core_is_left_once_however_many_compile_if_none_is_free(threads: int, left: int) -> None:
+    torch.set_num_threads(threads)
+    compilation_begins()
+    compilation_begins()
+    assert free_threads() == left
+    compilation_ends()
+    assert free_threads() == left
+    compilation_ends()
+    assert free_threads() == threads
 
 
 class _Waiting:
-    """A compilation that ends when the test says so."""
+    """A compilation that ends when it is cancelled."""
 
     def __init__(self, graph: Graph) -> None:
         self.result: CompileError | None = None
-        lend_core()
+        compilation_begins()
 
     def cancel(self) -> None:
-        core_is_free()
+        compilation_ends()
 
 
-def test_any_call_takes_the_core_back_when_the_compilation_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_leave_a_core_while_something_compiles_and_outside_of_them_nothing_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("millrace.compile.tiered.BackgroundCompilation", _Waiting)
-    graph = step_graph()
+    graph = _graph(nn.Linear(160, 160), 160, 160)
     runner, other = Runner(graph, "tiered", Said().append), Runner(graph, "eager", Said().append)
-    variables = fresh(graph)
-    seen = []
-    for _ in range(3):
-        runner(variables, BATCH)
-        seen.append(torch.get_num_threads())
-    assert seen == [3, 2, 2]
-    del runner  # cancels it
+    seen: list[int] = []
+
+    def take(runner: Runner) -> None:
+        run = compile_eager(graph)
+        runner._run = lambda variables, feeds: seen.append(torch.get_num_threads()) or run(variables, feeds)  # type: ignore[func-returns-value]
+        runner(fresh(graph), [torch.randn(160, 160)])
+        assert torch.get_num_threads() == 3
+
+    for each in (runner, runner, runner, other):
+        take(each)
+    assert seen == [3, 2, 2, 2]
+    del runner, each  # cancels it
     gc.collect()
-    other(variables, BATCH)
+    take(other)
+    assert seen[-1] == 3
+
+
+def test_fit_leaves_the_number_of_threads_as_it_was() -> None:
+    """Also when the compiler, which was given a core, is still at work."""
+    model = nn.Linear(160, 160)
+    fit(
+        model,
+        [torch.randn(160, 160)] * 4,
+        loss=lambda m, x: m(x).square().mean(),
+        optimizer=sgd(0.1),
+        epochs=1,
+        progress=False,
+        run_dir=False,
+    )
     assert torch.get_num_threads() == 3
+
+
+def test_a_step_can_be_traced_while_another_thread_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch marks the nodes that it traces by variables of the process, and Inductor traces, too."""
+    begun, end, marks_are_on = threading.Event(), threading.Event(), threading.Event()
+
+    def compile_module(*_: object) -> None:
+        with fx_traceback.preserve_node_meta():
+            begun.set()
+            end.wait(1.0)
+        marks_are_on.set()
+        raise CompileError("enough")
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        end.set()
+        marks_are_on.wait(10.0)
+        return model(batch).square().mean()
+
+    monkeypatch.setattr(inductor, "_load", lambda _: None)  # nothing is in the cache
+    monkeypatch.setattr(inductor, "compile_module", compile_module)
+    model = nn.Sequential(nn.Linear(4, 4))
+    compiling = threading.Thread(target=Runner, args=(step_graph(), "inductor", Said().append))
+    compiling.start()
+    assert begun.wait(60.0)
+    graph = training_graph(model, loss, torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(2, 4))
+    compiling.join()
+    assert {info(node).scope for node in graph.nodes} >= {"0"}

@@ -13,7 +13,6 @@ from torch import Tensor
 import millrace.compile.background as background
 import millrace.compile.inductor as inductor
 import millrace.compile.tiered as tiered
-from millrace.compile import threads
 from millrace.compile.eager import Compiled, compile_eager
 from millrace.compile.tiered import TIERS, Runner
 from millrace.errors import CompileError, SettingError
@@ -141,13 +140,13 @@ def test_a_variable_that_is_assigned_is_what_the_compiled_step_reads(in_cache: C
 
 
 def test_a_graph_that_no_file_can_hold_is_compiled_without_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unnamed(_: Graph) -> Any:
+    def unnamed(*_: Any) -> Any:
         raise inductor.GraphError("a constant is sparse")
 
     monkeypatch.setattr(inductor, "artifact_path", unnamed)
     monkeypatch.setattr(inductor, "compile_module", lambda *_: compile_eager)
     assert callable(inductor.compile_inductor(step_graph()))
-    assert inductor.load_cached(step_graph()) is None
+    assert inductor.load_cached(step_graph(), 1) is None
 
 
 def test_autocast_around_a_run_changes_nothing() -> None:
@@ -171,17 +170,19 @@ def test_a_compiled_step_s_error_names_the_node(in_cache: Compiled) -> None:
 
 def test_background_knows_the_threads_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's number of threads is a thread's own: the compiling thread must see the run's."""
+    model = torch.nn.Linear(200, 200)  # large enough to be worth dividing
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    graph = training_graph(model, lambda m, x: m(x).square().mean(), sgd, torch.randn(200, 200))
     seen: list[int] = []
 
-    def look(_: Graph) -> None:
-        seen.append(torch.get_num_threads() + threads._lent)
+    def look(_: Graph, threads: int) -> None:
+        seen.append(threads)
         raise CompileError("enough")
 
     monkeypatch.setattr(background, "load_cached", look)
     torch.set_num_threads(2)
     try:
-        background.BackgroundCompilation(step_graph()).wait(60)
+        background.BackgroundCompilation(graph).wait(60)
     finally:
-        threads.take_back_core()
         torch.set_num_threads(1)
     assert seen == [2]

@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 
 from millrace.compile.inductor_private import settings_digest
-from millrace.compile.threads import threads_for
 from millrace.errors import CompileError
 from millrace.graph.graph import Graph
 from millrace.graph.save import graph_digest
@@ -62,7 +61,7 @@ def cache_directory() -> Path:
     return _temporary_directory(str(directory), reason) if reason else directory
 
 
-def artifact_path(graph: Graph) -> Path:
+def artifact_path(graph: Graph, threads: int) -> Path:
     """Where the compiled `graph` is or would be: one file for everything that decides the machine code.
 
     Raises: CompileError as `cache_directory` does; GraphError when the graph holds what no file can.
@@ -77,7 +76,7 @@ def artifact_path(graph: Graph) -> Path:
             str(sys.implementation.cache_tag),
             platform.machine(),
             _device(graph),
-            str(threads_for(graph)),
+            str(threads),
             str(torch.are_deterministic_algorithms_enabled()),
             torch.get_float32_matmul_precision(),
             _processor_flags(),

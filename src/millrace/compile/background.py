@@ -18,7 +18,7 @@ from typing import IO
 from millrace.compile.artifacts import cache_directory
 from millrace.compile.eager import Compiled
 from millrace.compile.inductor import compile_inductor, load_cached, one_line
-from millrace.compile.threads import core_is_free, lend_core, threads_for
+from millrace.compile.threads import compilation_begins, compilation_ends, threads_for
 from millrace.compile.worker import UNKNOWN_OPERATOR
 from millrace.errors import CompileError, GraphError
 from millrace.graph.graph import Graph
@@ -42,7 +42,8 @@ class BackgroundCompilation:
         self._graph = graph
         self._cancelled = threading.Event()
         self._child: subprocess.Popen[bytes] | None = None
-        lend_core()
+        self._threads = threads_for(graph)  # asked here: PyTorch's number of threads is each thread's own
+        compilation_begins()
         self._thread = threading.Thread(target=self._work, name="millrace-compile", daemon=True)
         self._thread.start()
 
@@ -60,23 +61,25 @@ class BackgroundCompilation:
     def _work(self) -> None:
         start = time.monotonic()
         try:
-            result: Compiled | CompileError = load_cached(self._graph) or self._compiled()
+            result: Compiled | CompileError = load_cached(self._graph, self._threads) or self._compiled()
         except CompileError as error:
             result = error
         except Exception as error:
             result = CompileError(one_line(error))
+        finally:
+            compilation_ends()
         self.seconds = time.monotonic() - start
-        core_is_free()
         self.result = result
 
     def _compiled(self) -> Compiled:
         with _turn:
             self._stop_if_cancelled()
-            if load_cached(self._graph) is None:  # while this one waited, another may have compiled the same
+            # While this one waited, another may have compiled the same.
+            if load_cached(self._graph, self._threads) is None:
                 self._compile_in_child()
             self._stop_if_cancelled()
             # The cache is filled, or only this process can compile it.
-            return compile_inductor(self._graph)
+            return compile_inductor(self._graph, self._threads)
 
     def _stop_if_cancelled(self) -> None:
         if self._cancelled.is_set():
@@ -95,7 +98,7 @@ class BackgroundCompilation:
                 return
             # No pipe: the child's own children could hold it open after its end.
             with errors_file.open("wb") as errors:
-                self._child = child = _start(graph_file, threads_for(self._graph), errors)
+                self._child = child = _start(graph_file, self._threads, errors)
             _running.add(child)
             try:
                 self._stop_if_cancelled()

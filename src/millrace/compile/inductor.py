@@ -20,42 +20,48 @@ from millrace.compile.lower import lowered
 from millrace.compile.threads import threads_for
 from millrace.errors import CompileError, GraphError
 from millrace.graph.graph import Graph
+from millrace.graph.tracing.alone import alone
 
 log = logging.getLogger(__name__)
 
 NO_COMPILER = "no C++ compiler was found (install g++ or set CXX)"
 
 
-def compile_inductor(graph: Graph) -> Compiled:
+def compile_inductor(graph: Graph, threads: int | None = None) -> Compiled:
     """Compile `graph`, or load it from the cache.
+
+    Args: threads: how many its kernels are made for; `threads_for(graph)` unless given.
 
     Raises: CompileError with one line that says why.
     """
-    path = _path(graph)
-    artifact = None if path is None else _load(path)
-    try:
-        module, constants = lowered(graph)
-        if artifact is None:
-            artifact = _compile(module, graph)
-            if path is not None:
-                _save(artifact, path)
-    except CompileError:
-        raise
-    except Exception as error:
-        raise CompileError(f"Inductor failed: {one_line(error)}") from error
+    threads = threads or threads_for(graph)
+    path = _path(graph, threads)
+    with alone:
+        artifact = None if path is None else _load(path)
+        try:
+            module, constants = lowered(graph)
+            if artifact is None:
+                artifact = _compile(module, graph, threads)
+                if path is not None:
+                    _save(artifact, path)
+        except CompileError:
+            raise
+        except Exception as error:
+            raise CompileError(f"Inductor failed: {one_line(error)}") from error
     return _callable(artifact, graph, constants)
 
 
-def load_cached(graph: Graph) -> Compiled | None:
+def load_cached(graph: Graph, threads: int) -> Compiled | None:
     """The compiled `graph` out of the cache; None when it is not there or cannot be used."""
-    path = _path(graph)
-    artifact = None if path is None else _load(path)
-    return None if artifact is None else _callable(artifact, graph, lowered(graph)[1])
+    path = _path(graph, threads)
+    with alone:
+        artifact = None if path is None else _load(path)
+        return None if artifact is None else _callable(artifact, graph, lowered(graph)[1])
 
 
-def is_cached(graph: Graph) -> bool:
+def is_cached(graph: Graph, threads: int) -> bool:
     """Whether the cache has a whole file for the compiled `graph`."""
-    path = _path(graph)
+    path = _path(graph, threads)
     return path is not None and read_artifact(path) is not None
 
 
@@ -65,10 +71,10 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else repr(error)
 
 
-def _path(graph: Graph) -> Path | None:
+def _path(graph: Graph, threads: int) -> Path | None:
     """None for a graph that has no name across processes: it is compiled, but not kept."""
     try:
-        return artifact_path(graph)
+        return artifact_path(graph, threads)
     except GraphError as error:
         log.info("the compiled graph will not be cached: %s", error)
         return None
@@ -84,7 +90,7 @@ def _callable(artifact: Artifact, graph: Graph, constants: Sequence[Tensor]) -> 
     return run
 
 
-def _compile(module: GraphModule, graph: Graph) -> Artifact:
+def _compile(module: GraphModule, graph: Graph, threads: int) -> Artifact:
     if not has_cpp_compiler():
         raise CompileError(NO_COMPILER)
     fakes = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
@@ -96,7 +102,6 @@ def _compile(module: GraphModule, graph: Graph) -> Artifact:
         torch.empty_strided(f.shape, s, dtype=f.dtype, device=f.device) for f, s in zip(fakes, strides, strict=True)
     ]
     kernels = cache_directory() / "inductor"
-    threads = threads_for(graph)
     settings: dict[str, Any] = {} if threads == torch.get_num_threads() else {"cpp.threads": threads}
     if graph.steps > 1:
         # Several steps in one call are for models so small that calling their kernels from Python is a good part of a

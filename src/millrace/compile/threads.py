@@ -23,8 +23,7 @@ from millrace.graph.graph import Graph
 _GRAIN_ELEMENTS = 32768  # below which PyTorch's own kernels do not divide a tensor
 _GRAIN_FLOPS = 4e6  # what one core does in some 50 microseconds
 _lock = threading.Lock()
-_lent = 0  # cores that training leaves to the compiler now
-_borrowers = 0
+_compilations = 0  # how many run in the background now
 
 
 def is_small(graph: Graph) -> bool:
@@ -33,46 +32,47 @@ def is_small(graph: Graph) -> bool:
 
 
 def threads_for(graph: Graph) -> int:
-    """How many threads the kernels of `graph` are made for, whoever has a core of them now."""
-    return 1 if is_small(graph) else torch.get_num_threads() + _lent
+    """How many threads the kernels of `graph` are made for, from the setting of the thread that calls this."""
+    return 1 if is_small(graph) else torch.get_num_threads()
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """PyTorch on one thread within this context."""
+def at_most(threads: int) -> Iterator[None]:
+    """PyTorch on no more than so many threads within this context."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if before <= threads:
+        yield
+        return
+    torch.set_num_threads(threads)
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-def lend_core() -> None:
-    """Leave a core to a compiler, if training has them all: threads that meet would wait for the one it takes."""
-    global _lent, _borrowers
+def free_threads() -> int:
+    """How many threads a step may use now.
+
+    A compiler in the background gets a core of its own, where training would have them all: threads that meet would
+    wait for the one it takes.
+    """
+    threads = torch.get_num_threads()
+    everything = threads >= len(os.sched_getaffinity(0))
+    return threads - 1 if _compilations and everything and threads > 1 else threads
+
+
+def compilation_begins() -> None:
+    """Count a compilation that runs beside training."""
+    global _compilations
     with _lock:
-        _borrowers += 1
-        threads = torch.get_num_threads()
-        if _borrowers == 1 and threads > 1 and threads >= len(os.sched_getaffinity(0)):
-            torch.set_num_threads(threads - 1)
-            _lent = 1
+        _compilations += 1
 
 
-def core_is_free() -> None:
-    """The end of a `lend_core`, said by whichever thread sees it."""
-    global _borrowers
+def compilation_ends() -> None:
+    """The end of it, said by whichever thread sees it."""
+    global _compilations
     with _lock:
-        _borrowers -= 1
-
-
-def take_back_core() -> None:
-    """Give training its core again once nobody compiles. For the thread that trains, whose setting it is."""
-    global _lent
-    if _lent and not _borrowers:
-        with _lock:
-            torch.set_num_threads(torch.get_num_threads() + _lent)
-            _lent = 0
+        _compilations -= 1
 
 
 def _is_small(node: Node) -> bool:

@@ -13,7 +13,7 @@ from millrace.compile.compare import counted_fetches, difference, movements, tol
 from millrace.compile.eager import Compiled, compile_eager
 from millrace.compile.heap import give_back_freed_memory, keep_freed_memory
 from millrace.compile.inductor import compile_inductor, one_line
-from millrace.compile.threads import is_small, one_thread, take_back_core
+from millrace.compile.threads import at_most, free_threads, is_small
 from millrace.errors import CompileError, SettingError
 from millrace.graph.graph import Graph
 
@@ -47,14 +47,11 @@ class Runner:
     def __call__(self, variables: Sequence[Tensor], feeds: Sequence[Tensor]) -> list[Tensor]:
         """Run the step: `variables` are updated in place, the fetches returned."""
         self._calls += 1
-        take_back_core()
         if self._wanted == "tiered":
             self._watch_background()
         run = self._run if self._unproved is None else self._prove
-        if self._small:
-            with one_thread():
-                return run(variables, feeds)
-        return run(variables, feeds)
+        with at_most(1 if self._small else free_threads()):
+            return run(variables, feeds)
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Block until a compilation that runs in the background is over; the next call then uses it."""

@@ -33,11 +33,11 @@ def main(arguments: list[str]) -> int:
         print(str(error).splitlines()[0], file=sys.stderr)
         return UNKNOWN_OPERATOR
     try:
-        compile_inductor(graph)
+        compile_inductor(graph, int(threads))
     except CompileError as error:
         print(error, file=sys.stderr)
         return 1
-    return 0 if is_cached(graph) else UNKNOWN_OPERATOR
+    return 0 if is_cached(graph, int(threads)) else UNKNOWN_OPERATOR
 
 
 _PR_SET_PDEATHSIG = 1

@@ -24,6 +24,7 @@ from millrace.errors import TraceError
 from millrace.graph.graph import Graph
 from millrace.graph.random import RandomStream, new_random
 from millrace.graph.signature import Feed, Role, TensorSpec, Variable
+from millrace.graph.tracing.alone import alone
 from millrace.graph.tracing.finish import finish
 from millrace.graph.tracing.functional import functionalize
 from millrace.graph.tracing.recorder import LINE, Recorder
@@ -86,7 +87,7 @@ def trace(step: Step, variables: Mapping[str, Any], feed: Any, *, seed: int = 0)
         fetch_names[:] = fetched
         return [tensor.detach() for tensor in fetched.values()]
 
-    with _tracing():
+    with alone, _tracing():
         recorded = make_fx(flat_step, tracing_mode="fake", _allow_non_fake_inputs=True)(*values, *leaves.values())
         refuse_strays(recorded, step)
         with functionalizing(recorded):
