@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from millrace.errors import RunDirectoryError, SettingError
-from millrace.train.atomic_file import write_atomically
 from millrace.train.run_directory import RunDirectory
+from millrace.train.run_files import write_atomically
 
 # Takes the directory, says so, then measures as fast as it can. argv: root, name. With a third word: forks a child
 # that outlives it, as a data loader's worker may.
@@ -180,10 +180,10 @@ def test_a_directory_whose_creation_was_killed_is_taken(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path, "a", {"number": 1})
     run.close("failed")
     (run.path / "state.json").unlink()  # written last
-    (run.path / ".state.json.123.tmp").write_text("{")
+    (run.path / "state.json.tmp-123-00aa").write_text("{")
     RunDirectory.create(tmp_path, "a", {"number": 2}).close("finished")
     assert run.config == {"number": 2}
-    assert not list(run.path.glob(".*.tmp"))
+    assert not list(run.path.glob("*.tmp-*"))
 
 
 @pytest.mark.parametrize(
@@ -289,4 +289,4 @@ def test_a_write_that_fails_half_way_leaves_the_files_whole(tmp_path: Path) -> N
         with file_size_limit(1000), pytest.raises(RunDirectoryError, match="earlier content"):
             write_atomically(run.path / "config.json", b"x" * 2000)
         assert run.config == "old"
-        assert not list(run.path.glob(".*.tmp"))
+        assert not list(run.path.glob("*.tmp-*"))

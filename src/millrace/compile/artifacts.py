@@ -12,7 +12,6 @@ import hashlib
 import logging
 import os
 import platform
-import secrets
 import shutil
 import stat
 import sys
@@ -23,6 +22,7 @@ import torch
 
 from millrace.compile.inductor_private import settings_digest
 from millrace.errors import CompileError
+from millrace.files import replace_bytes
 from millrace.graph.graph import Graph
 from millrace.graph.save import graph_digest
 from millrace.version import __version__
@@ -104,12 +104,7 @@ def read_artifact(path: Path) -> bytes | None:
 
 def write_artifact(content: bytes, path: Path) -> None:
     """Put an artifact into the cache, whole or not at all. Raises: OSError."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        temporary.write_bytes(_MARK + hashlib.sha256(content).digest() + content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_bytes(path, _MARK + hashlib.sha256(content).digest() + content)
 
 
 def _home() -> Path:

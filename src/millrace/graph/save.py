@@ -6,11 +6,9 @@ call any registered operator when it is run.) A file carries a checksum over all
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from millrace.errors import GraphError
+from millrace.files import replace_bytes
 from millrace.graph.check import check
 from millrace.graph.encoding import Document, decode_module, empty, encode_module
 from millrace.graph.graph import Graph
@@ -52,7 +51,7 @@ def save_graph(graph: Graph, path: str | os.PathLike[str]) -> None:
         "graph": text,
         "sha256": _checksum(text, tensors),
     }
-    _write_atomically(Path(path), safetensors.torch.save(tensors, metadata))
+    replace_bytes(Path(path), safetensors.torch.save(tensors, metadata))
 
 
 def load_graph(path: str | os.PathLike[str]) -> Graph:
@@ -215,17 +214,3 @@ def _renumbered(value: Any, numbers: Mapping[str, int]) -> Any:
     if isinstance(value, list | tuple):
         return [_renumbered(v, numbers) for v in value]
     return value
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise

@@ -27,11 +27,10 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor
 
 from millrace.errors import CheckpointError, DamagedCheckpointError, SettingError
+from millrace.files import beside, make_directory
 from millrace.runtime.commit import (
     Digest,
-    aside,
     discard,
-    make_directory,
     publish,
     recover,
     write_bytes,
@@ -223,7 +222,7 @@ class Checkpoints:
 
     def _commit(self, step: int, tensors: dict[str, Tensor], extra: bytes, metric: float | None) -> None:
         final = self._path(step)
-        temporary = aside(final, "tmp")
+        temporary = beside(final, "tmp")
         try:
             make_directory(self.directory)
             shutil.rmtree(temporary, ignore_errors=True)

@@ -16,14 +16,13 @@ import errno
 import hashlib
 import os
 import re
-import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from millrace.errors import CheckpointError
+from millrace.files import TOKEN, beside, sync
 
-_TOKEN = secrets.token_hex(4)
 _LEFTOVER = re.compile(r"(?P<final>step-\d{8,})\.(?P<kind>tmp|old)-(?P<pid>\d+)(-(?P<token>[0-9a-f]+))?")
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -36,37 +35,14 @@ class Digest:
     size_bytes: int
 
 
-def aside(final: Path, kind: str) -> Path:
-    """The name beside `final` under which this process fills (`"tmp"`) or keeps (`"old"`) a version of it."""
-    return final.with_name(f"{final.name}.{kind}-{os.getpid()}-{_TOKEN}")
-
-
 def write_bytes(path: Path, content: bytes) -> Digest:
     """Writes a small file and syncs it to the disk.
 
     Raises: OSError.
     """
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_bytes(content)
+    sync(path)
     return Digest(hashlib.sha256(content).hexdigest(), len(content))
-
-
-def sync_directory(path: Path) -> None:
-    """Makes the names in a directory durable: a synced file whose name is not synced is gone after a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def make_directory(path: Path) -> None:
-    """Creates a directory with its parents, durably; one that exists is left as it is."""
-    if not path.is_dir():
-        path.mkdir(parents=True, exist_ok=True)
-        sync_directory(path.parent)
 
 
 def publish(temporary: Path, final: Path) -> None:
@@ -76,8 +52,8 @@ def publish(temporary: Path, final: Path) -> None:
 
     Raises: OSError, with the replaced one back in its place.
     """
-    sync_directory(temporary)
-    replaced = aside(final, "old") if final.exists() else None
+    sync(temporary)
+    replaced = beside(final, "old") if final.exists() else None
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(final, replaced)
@@ -87,7 +63,7 @@ def publish(temporary: Path, final: Path) -> None:
         if replaced is not None:
             os.rename(replaced, final)
         raise
-    sync_directory(final.parent)
+    sync(final.parent)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
 
@@ -97,7 +73,7 @@ def discard(final: Path) -> None:
 
     Raises: OSError.
     """
-    doomed = aside(final, "tmp")
+    doomed = beside(final, "tmp")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(final, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
@@ -147,7 +123,7 @@ def _free_bytes(path: Path) -> int:
 
 def _is_alive(pid: int, token: str | None) -> bool:
     if pid == os.getpid() and token is not None:
-        return token == _TOKEN
+        return token == TOKEN
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

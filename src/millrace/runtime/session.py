@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,13 +18,14 @@ from millrace.compile.cuda_graph import CapturedSteps
 from millrace.compile.layout import Stride, feed_strides, laid_out
 from millrace.compile.tiered import Runner, Say
 from millrace.errors import FeedError, FetchError, MillraceError, StepError, did_you_mean
+from millrace.files import make_directory, replacing
 from millrace.graph.graph import TRAIN, Graph
 from millrace.graph.passes.prune import prune
 from millrace.graph.passes.sparse_rows import sparse_rows
 from millrace.graph.passes.unroll import unroll
 from millrace.graph.signature import Feed
 from millrace.runtime.aliasing import Memory, check_variables
-from millrace.runtime.commit import aside, make_directory, sync_directory, write_failure
+from millrace.runtime.commit import write_failure
 from millrace.runtime.feeds import Batch, FeedReader, Key
 from millrace.runtime.ranges import Range, check_ranges, feed_ranges
 from millrace.runtime.save_nodes import RESTORE, SAVE, SideGraph, restore_graph, save_graph_of
@@ -172,15 +172,10 @@ class Session:
         The file is there all at once, or the one before it still is. Raises: CheckpointError when it cannot be written.
         """
         path = Path(path)
-        temporary = aside(path, "tmp")
         try:
             make_directory(path.parent)
-            try:
+            with replacing(path) as temporary:
                 self._side[SAVE].run(self._variables, temporary)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-            sync_directory(path.parent)
         except OSError as error:
             raise write_failure(path, sum(t.nbytes for t in self._variables.values()), error) from error
 

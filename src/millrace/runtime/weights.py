@@ -6,7 +6,6 @@ Tied weights (several names for one tensor) are stored once; the file's metadata
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from millrace.errors import CheckpointError, did_you_mean
-from millrace.runtime.commit import aside, make_directory, sync_directory, write_failure
+from millrace.files import make_directory, replacing
+from millrace.runtime.commit import write_failure
 from millrace.runtime.shard import listed, open_shard, write_shard
 
 
@@ -29,15 +29,10 @@ def save_weights(module: nn.Module, path: str | Path) -> None:
     ties = {name: group[0] for group in _tied_groups(tensors) for name in group[1:]}
     for name in ties:
         del tensors[name]
-    temporary = aside(path, "tmp")
     try:
         make_directory(path.parent)
-        try:
+        with replacing(path) as temporary:
             write_shard(temporary, tensors, metadata={**ties, "format": "pt"})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_directory(path.parent)
     except OSError as error:
         raise write_failure(path, sum(tensor.nbytes for tensor in tensors.values()), error) from error
 

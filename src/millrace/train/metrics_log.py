@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, SupportsFloat, TypeAlias
 
 from millrace.errors import RunDirectoryError, SettingError
-from millrace.train.atomic_file import write_atomically
 from millrace.train.metrics import read_scalar
+from millrace.train.run_files import write_atomically
 
 Record: TypeAlias = dict[str, float | int]
 

@@ -22,10 +22,10 @@ from types import TracebackType
 from typing import Any, Literal, SupportsFloat
 
 from millrace.errors import RunDirectoryError, did_you_mean
-from millrace.train.atomic_file import encode_config, encode_json, read_json, remove_leftovers, write_keeping_earlier
 from millrace.train.directory_lock import LOCK_NAME, DirectoryLock
 from millrace.train.environment import Json, environment
 from millrace.train.metrics_log import MetricsLog, Record, read_metrics
+from millrace.train.run_files import encode_config, encode_json, read_json, remove_leftovers, write_keeping_earlier
 from millrace.train.run_state import STATE_NAME, Outcome, RunState, advanced, ended, read_state, started, write_state
 
 _CONFIG, _ENVIRONMENT, _METRICS = "config.json", "environment.json", "metrics.jsonl"
@@ -265,7 +265,7 @@ def _make_directory(root: Path, name: str | None, task: str) -> Path:
 
 
 def _refuse_foreign(path: Path) -> None:
-    content = {entry.name for entry in path.iterdir() if not entry.name.endswith(".tmp")}
+    content = {entry.name for entry in path.iterdir() if ".tmp-" not in entry.name}
     if not content or STATE_NAME in content or (LOCK_NAME in content and content <= _BEFORE_STATE):
         return
     raise RunDirectoryError(

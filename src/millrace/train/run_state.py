@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from millrace.errors import RunDirectoryError
-from millrace.train.atomic_file import encode_json, read_json, write_atomically
 from millrace.train.directory_lock import is_locked
+from millrace.train.run_files import encode_json, read_json, write_atomically
 
 Outcome: TypeAlias = Literal["finished", "interrupted", "failed"]
 Status: TypeAlias = Literal["running", "finished", "interrupted", "failed", "killed"]

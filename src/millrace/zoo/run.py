@@ -16,11 +16,11 @@ from millrace.errors import CheckpointError, RunDirectoryError, SettingError
 from millrace.graph.graph import Graph
 from millrace.graph.training import training_graph
 from millrace.runtime.checkpoint import Checkpoints
-from millrace.train.atomic_file import encode_json, write_atomically
 from millrace.train.callbacks import Callback
 from millrace.train.fit import fit
 from millrace.train.result import Result
 from millrace.train.run_directory import RunDirectory
+from millrace.train.run_files import encode_json, write_atomically
 from millrace.zoo.base import Facts, Task, TaskData
 from millrace.zoo.registry import load
 from millrace.zoo.settings import (

@@ -1,15 +1,15 @@
-"""Files replaced so that a kill at any moment leaves the old content or the new one, never a mixture."""
+"""The small files of a run directory, replaced so that a kill at any moment leaves the old content or the new one."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from millrace.errors import RunDirectoryError, SettingError
+from millrace.files import replace_bytes
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -22,17 +22,9 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         RunDirectoryError: it cannot be written (a full disk, no permission); the earlier content still stands.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            # Without this a power cut could leave the new name on an empty file.
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_directory(path.parent)
+        replace_bytes(path, data)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise RunDirectoryError(
             f"Cannot write {path}: {error.strerror or error}. Its earlier content, if it had any, is untouched. "
             "Free some space or permit writing there, then go on."
@@ -41,7 +33,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def remove_leftovers(directory: Path) -> None:
     """Delete the temporary files that killed writers left in `directory` (only its one owner may call this)."""
-    for leftover in directory.glob(".*.tmp"):
+    for leftover in directory.glob("*.tmp-*"):
         leftover.unlink(missing_ok=True)
 
 
@@ -85,11 +77,3 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise RunDirectoryError(f"Cannot read {path}: {error}. The run directory is incomplete or damaged.") from error
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

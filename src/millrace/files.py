@@ -1,0 +1,57 @@
+"""Files and names that a kill or a power cut leaves old or new, never in between."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+TOKEN = secrets.token_hex(4)  # a restarted container often gets the number of the process that died
+
+
+def beside(path: Path, kind: str) -> Path:
+    """The name beside `path` under which this process fills (`"tmp"`) or keeps (`"old"`) a version of it."""
+    return path.with_name(f"{path.name}.{kind}-{os.getpid()}-{TOKEN}")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write the new content of `path` to, which takes its place, synced, when the context is left.
+
+    When it is left by an error, what `path` was before still stands.
+
+    Raises: OSError.
+    """
+    temporary = beside(path, "tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    sync(path.parent)
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Replace the content of a file in an existing directory, wholly or not at all. Raises: OSError."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def sync(path: Path) -> None:
+    """Have the content of a file, or the names in a directory, reach the disk. Raises: OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_directory(path: Path) -> None:
+    """Create a directory with its parents, durably; one that exists is left as it is. Raises: OSError."""
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+        sync(path.parent)
