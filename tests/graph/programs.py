@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.fx import GraphModule, Node
 
 from millrace.compile.eager import compile_eager
-from millrace.graph.graph import Graph
+from millrace.graph.graph import Graph, copy_fx, step_module
 from millrace.graph.trace import trace
 
 SIZE = 4  # every value of a random program is float64[SIZE, SIZE]
@@ -85,6 +86,12 @@ def branch_graph(offset: float = 1.0) -> Graph:
         return {"loss": loss}
 
     return trace(step, {"w": torch.tensor([0.5, -1.0, 2.0], requires_grad=True)}, torch.randn(2, 3))
+
+
+def copy_module(module: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
+    """A copy of a graph module whose nodes may be changed, and the map from old to new nodes."""
+    fx, mapping = copy_fx(module)
+    return step_module(module, fx), mapping
 
 
 def feeds_of(graph: Graph, seed: int = 1) -> list[Tensor]:

@@ -14,11 +14,11 @@ from torch.fx import Node
 
 from millrace.errors import GraphError
 from millrace.graph.check import check
-from millrace.graph.graph import INFO, Graph, copy_module, set_output
+from millrace.graph.graph import INFO, Graph, set_output
 from millrace.graph.signature import Feed, TensorSpec
 from millrace.graph.trace import trace
 
-from .programs import branch_graph, deep_graph, mlp_graph
+from .programs import branch_graph, copy_module, deep_graph, mlp_graph
 
 aten = torch.ops.aten
 

@@ -22,14 +22,25 @@ from torch.fx import GraphModule, Node
 
 from millrace.errors import GraphError
 from millrace.graph.encoding import decode_module, encode_module
-from millrace.graph.graph import INFO, Graph, copy_module
+from millrace.graph.graph import INFO, Graph
 from millrace.graph.passes.prune import prune
 from millrace.graph.save import _checksum, graph_digest, load_graph, save_graph
 from millrace.graph.signature import Feed, TensorSpec
 from millrace.graph.text import to_text
 from millrace.graph.trace import trace
 
-from .programs import Program, bits, branch_graph, deep_graph, equal_bits, feeds_of, mlp_graph, programs, run
+from .programs import (
+    Program,
+    bits,
+    branch_graph,
+    copy_module,
+    deep_graph,
+    equal_bits,
+    feeds_of,
+    mlp_graph,
+    programs,
+    run,
+)
 
 aten = torch.ops.aten
 GRAPHS: dict[str, Callable[[], Graph]] = {"mlp": mlp_graph, "deep": deep_graph, "branch": branch_graph}

@@ -15,10 +15,10 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from millrace.graph.check import check
-from millrace.graph.graph import Graph, copy_module
+from millrace.graph.graph import Graph
 from millrace.graph.passes.simplify import simplify
 
-from .programs import Program, bits, equal_bits, feeds_of, programs, run
+from .programs import Program, bits, copy_module, equal_bits, feeds_of, programs, run
 
 aten = torch.ops.aten
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
-from millrace.graph.graph import Graph, copy_module, set_output
+from millrace.graph.graph import Graph, copy_fx, set_output, step_module
 
 aten = torch.ops.aten
 
@@ -45,29 +45,28 @@ def in_place(graph: Graph) -> GraphModule:
 
 
 def _with_assignments(graph: Graph, *, reuse_memory: bool) -> GraphModule:
-    module, mapping = copy_module(graph.module)
+    fx, mapping = copy_fx(graph.module)
     by_name = {old.name: new for old, new in mapping.items()}
     inputs = {name: mapping[node] for name, node in graph.placeholders().items()}
     fetched = [by_name[name] for name in graph.fetches.values()]
     updates = {inputs[variable]: by_name[name] for variable, name in graph.updates.items()}
-    output = next(iter(module.graph.find_nodes(op="output")))
-    chains = _chains(module.graph, updates, set(fetched)) if reuse_memory else {}
+    output = next(iter(fx.find_nodes(op="output")))
+    chains = _chains(fx, updates, set(fetched)) if reuse_memory else {}
     copies = [(variable, value) for variable, value in updates.items() if variable not in chains]
     for link in (link for chain in chains.values() for link in chain):
         link.target = _IN_PLACE[link.target]  # type: ignore[index]
-    with module.graph.inserting_before(output):
+    with fx.inserting_before(output):
         # A fetch must outlast later steps, which write over every variable, also over those this part only reads; and
         # what the caller does to it must reach neither the batch nor a constant of the graph.
-        kept = {node for node in module.graph.nodes if node.op in ("placeholder", "get_attr")}
-        results = [_own_memory(module.graph, node, kept) for node in fetched]
+        kept = {node for node in fx.nodes if node.op in ("placeholder", "get_attr")}
+        results = [_own_memory(fx, node, kept) for node in fetched]
         # A value that is itself a variable's old value, or a view of one, must be saved from the assignments.
-        saved = {value: _own_memory(module.graph, value, set(updates)) for _, value in copies}
+        saved = {value: _own_memory(fx, value, set(updates)) for _, value in copies}
         for variable, value in copies:
-            node = module.graph.call_function(aten.copy_.default, (variable, saved[value]))
+            node = fx.call_function(aten.copy_.default, (variable, saved[value]))
             node.meta["val"] = variable.meta["val"]
-    set_output(module.graph, results)
-    module.recompile()
-    return module
+    set_output(fx, results)
+    return step_module(graph.module, fx)
 
 
 def _chains(graph: torch.fx.Graph, updates: dict[Node, Node], fetched: set[Node]) -> dict[Node, list[Node]]:

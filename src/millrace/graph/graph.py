@@ -130,10 +130,10 @@ def set_output(graph: torch.fx.Graph, results: Sequence[Node]) -> None:
     output.meta["val"] = tuple(n.meta.get("val") for n in results)
 
 
-def copy_module(module: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
-    """A copy of a graph module whose nodes may be changed; constants and subgraphs are shared.
+def copy_fx(module: GraphModule) -> tuple[torch.fx.Graph, dict[Node, Node]]:
+    """A copy of a module's graph whose nodes may be changed, and the map from old to new nodes.
 
-    Returns the copy and the map from old to new nodes.
+    Once changed, it becomes a module by `step_module`: making one generates its code, which takes long.
     """
     new = torch.fx.Graph()
     mapping: dict[Node, Node] = {}
@@ -141,4 +141,9 @@ def copy_module(module: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
     for old, copied in mapping.items():
         copied.meta = dict(old.meta)
     new.output(output)
-    return GraphModule(module, new, class_name="Step"), mapping
+    return new, mapping
+
+
+def step_module(root: GraphModule, fx: torch.fx.Graph) -> GraphModule:
+    """The module of a changed copy of `root`'s graph; constants and subgraphs are shared with `root`."""
+    return GraphModule(root, fx, class_name="Step")

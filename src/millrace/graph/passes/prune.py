@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from millrace.errors import FetchError, did_you_mean
-from millrace.graph.graph import TRAIN, Graph, copy_module, set_output
+from millrace.graph.graph import TRAIN, Graph, copy_fx, set_output, step_module
 
 
 def prune(graph: Graph, fetches: Sequence[str], updates: Iterable[str]) -> Graph:
@@ -16,15 +16,14 @@ def prune(graph: Graph, fetches: Sequence[str], updates: Iterable[str]) -> Graph
 
     Raises: FetchError for an unknown name, with the nearest ones.
     """
-    module, mapping = copy_module(graph.module)
+    fx, mapping = copy_fx(graph.module)
     by_name = {old.name: new for old, new in mapping.items()}
     nodes = {fetch: by_name[resolve(graph, fetch)] for fetch in fetches}
     chosen = {name: by_name[graph.updates[name]] for name in updates}
-    set_output(module.graph, [*nodes.values(), *chosen.values()])
-    module.graph.eliminate_dead_code()
-    module.recompile()
+    set_output(fx, [*nodes.values(), *chosen.values()])
+    fx.eliminate_dead_code()
     return graph.with_(
-        module=module,
+        module=step_module(graph.module, fx),
         fetches={fetch: node.name for fetch, node in nodes.items()},
         updates={name: node.name for name, node in chosen.items()},
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
-from millrace.graph.graph import Graph, copy_module, set_output
+from millrace.graph.graph import Graph, copy_fx, set_output, step_module
 
 aten = torch.ops.aten
 
@@ -24,19 +24,18 @@ def sparse_rows(graph: Graph) -> Graph:
     candidates = {variable: name for variable, name in graph.updates.items() if _match(graph.node(name)) is not None}
     if not candidates:
         return graph
-    module, mapping = copy_module(graph.module)
+    fx, mapping = copy_fx(graph.module)
     by_name = {old.name: new for old, new in mapping.items()}
     replaced: dict[str, Node] = {}
     for variable, name in candidates.items():
         update = by_name[name]
         match = _match(update)
         assert match is not None
-        replaced[variable] = _rewrite(module.graph, update, *match)
+        replaced[variable] = _rewrite(fx, update, *match)
     updates = {v: replaced.get(v, by_name[name]) for v, name in graph.updates.items()}
-    set_output(module.graph, [*(by_name[name] for name in graph.fetches.values()), *updates.values()])
-    module.graph.eliminate_dead_code()
-    module.recompile()
-    return graph.with_(module=module, updates={v: node.name for v, node in updates.items()})
+    set_output(fx, [*(by_name[name] for name in graph.fetches.values()), *updates.values()])
+    fx.eliminate_dead_code()
+    return graph.with_(module=step_module(graph.module, fx), updates={v: node.name for v, node in updates.items()})
 
 
 def _match(update: Node) -> tuple[Node, Node | float, float] | None:
