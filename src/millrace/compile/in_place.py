@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
-from millrace.graph.graph import Graph, copy_fx, set_output, step_module
+from millrace.graph.graph import Graph, copy_fx, set_output
 
 aten = torch.ops.aten
 
@@ -66,7 +66,7 @@ def _with_assignments(graph: Graph, *, reuse_memory: bool) -> GraphModule:
             node = fx.call_function(aten.copy_.default, (variable, saved[value]))
             node.meta["val"] = variable.meta["val"]
     set_output(fx, results)
-    return step_module(graph.module, fx)
+    return GraphModule(graph.module, fx, class_name="Step")
 
 
 def _chains(graph: torch.fx.Graph, updates: dict[Node, Node], fetched: set[Node]) -> dict[Node, list[Node]]:

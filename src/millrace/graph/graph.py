@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from millrace.errors import FetchError, GraphError, did_you_mean
 from millrace.graph.signature import Feed, Phase, TensorSpec, Variable
@@ -131,10 +132,7 @@ def set_output(graph: torch.fx.Graph, results: Sequence[Node]) -> None:
 
 
 def copy_fx(module: GraphModule) -> tuple[torch.fx.Graph, dict[Node, Node]]:
-    """A copy of a module's graph whose nodes may be changed, and the map from old to new nodes.
-
-    Once changed, it becomes a module by `step_module`: making one generates its code, which takes long.
-    """
+    """A copy of a module's graph whose nodes may be changed, and the map from old to new nodes."""
     new = torch.fx.Graph()
     mapping: dict[Node, Node] = {}
     output = new.graph_copy(module.graph, mapping, return_output_node=False)
@@ -145,5 +143,8 @@ def copy_fx(module: GraphModule) -> tuple[torch.fx.Graph, dict[Node, Node]]:
 
 
 def step_module(root: GraphModule, fx: torch.fx.Graph) -> GraphModule:
-    """The module of a changed copy of `root`'s graph; constants and subgraphs are shared with `root`."""
-    return GraphModule(root, fx, class_name="Step")
+    """The module of a changed copy of `root`'s graph; constants and subgraphs are shared with `root`.
+
+    Its code is generated when it is first called, as between passes nobody calls it.
+    """
+    return _LazyGraphModule(root, fx, class_name="Step")

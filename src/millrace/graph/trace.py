@@ -18,6 +18,7 @@ import torch._dynamo  # make_fx imports it when first called; done here, the fir
 import torch.fx.traceback as fx_traceback
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from millrace.errors import TraceError
@@ -126,6 +127,7 @@ def _tracing() -> Iterator[None]:
             warnings.filterwarnings("ignore", message="TF32 acceleration")
             with (
                 fx_traceback.preserve_node_meta(),
+                _use_lazy_graph_module(True),  # nobody calls what is recorded
                 # What the user has compiled by torch.compile is traced as it was written.
                 torch.compiler.set_stance("force_eager"),
                 # Operators of these libraries hide state (cuDNN's batch norm) or workspaces (oneDNN's LSTM).

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
-from millrace.graph.graph import INFO, Graph, NodeInfo, feed_key, set_output
+from millrace.graph.graph import INFO, Graph, NodeInfo, feed_key, set_output, step_module
 from millrace.graph.signature import Feed, Phase
 
 aten = torch.ops.aten
@@ -36,7 +36,7 @@ def unroll(graph: Graph, steps: int) -> Graph:
     updates = {variable: values[variable] for variable in graph.updates}
     set_output(fx, [*fetches.values(), *updates.values()])
     return graph.with_(
-        module=GraphModule(graph.module, fx, class_name="Steps"),
+        module=step_module(graph.module, fx),
         feeds=tuple(Feed(f"{index}.{f.name}", f.spec) for index in range(steps) for f in graph.feeds),
         fetches={name: node.name for name, node in fetches.items()},
         updates={name: node.name for name, node in updates.items()},

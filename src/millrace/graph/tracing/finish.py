@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from millrace.graph.check import check
-from millrace.graph.graph import INFO, Graph, NodeInfo, set_output
+from millrace.graph.graph import INFO, Graph, NodeInfo, set_output, step_module
 from millrace.graph.passes.merge_counters import merge_counters
 from millrace.graph.passes.simplify import simplify
 from millrace.graph.signature import Feed, Phase, Variable
@@ -59,7 +59,7 @@ def finish(
     _name_inputs(fx_graph, placeholders, variables, feeds, kept)
     results = list(next(iter(fx_graph.find_nodes(op="output"))).args[0])
     label(fx_graph, dict(zip(updates, results[len(fetches) :], strict=True)), {v.name: v.owner for v in variables})
-    module = GraphModule(functional, fx_graph, class_name="Step")
+    module = step_module(functional, fx_graph)
     graph = Graph(
         module=module,
         variables=tuple(v for v in variables if v.name in kept),

@@ -20,6 +20,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from millrace.graph.graph import step_module
 from millrace.graph.tracing.aliases import give_bodies_own_memory, is_view
 
 aten = torch.ops.aten
@@ -119,7 +120,7 @@ class _Renaming:
                 self._cell[node].now = new = self._copy(node)
                 if node.op == "placeholder":
                     self._inputs[node] = new
-        return GraphModule(self._recorded, self._graph, class_name="Step")
+        return step_module(self._recorded, self._graph)
 
     def _now(self, node: Node) -> Node:
         return self._cell[node].now
