@@ -5,6 +5,8 @@
     ├── GraphError            a graph breaks an invariant, or a graph file is damaged
     ├── FetchError            an unknown fetch or variable name
     ├── FeedError             a batch does not fit what the graph was traced for (shape, dtype, labels out of range)
+    ├── PlacementError        a graph cannot be placed: hints contradict, memory is too small, a cluster lacks something
+    ├── WorkerError           a worker process died, or did not answer within its time
     ├── CompileError          a piece could not be compiled (never fatal under "tiered": the piece stays eager)
     ├── CheckpointError       a checkpoint cannot be written, is damaged, or belongs to another model
     │   └── DamagedCheckpointError  a file of it is missing, truncated or altered: an older one can still serve
@@ -45,6 +47,14 @@ class FetchError(MillraceError, KeyError):
 
 class FeedError(MillraceError, ValueError):
     """A batch does not fit what the graph was traced for."""
+
+
+class PlacementError(MillraceError, ValueError):
+    """A graph cannot be placed on a cluster: hints contradict, memory is too small, a cluster lacks something."""
+
+
+class WorkerError(MillraceError, RuntimeError):
+    """A worker process died, or did not answer within its time; the message names it and what it was to do."""
 
 
 class CompileError(MillraceError):

@@ -1,0 +1,1 @@
+"""A placed graph cut into one program per device, joined by Send and Recv."""

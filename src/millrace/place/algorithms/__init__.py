@@ -1,0 +1,1 @@
+"""One placement algorithm a file, all of one contract: `base.py`."""

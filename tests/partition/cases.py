@@ -1,0 +1,108 @@
+"""Random placements and orders of graphs, and an exchange between threads."""
+
+from __future__ import annotations
+
+import operator
+import random
+import threading
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from millrace.errors import WorkerError
+from millrace.graph.graph import Graph
+from millrace.partition.pieces import Piece
+from millrace.partition.program import Partition
+from millrace.runtime.device import DeviceRunner
+
+
+class Mailbox:
+    """All devices of one process: what was sent this step, by edge."""
+
+    def __init__(self) -> None:
+        self._arrived: dict[int, Tensor] = {}
+        self._condition = threading.Condition()
+
+    def send(self, edge: int, tensor: Tensor) -> None:
+        with self._condition:
+            assert edge not in self._arrived, "an edge carries one tensor a step"
+            self._arrived[edge] = tensor.clone()
+            self._condition.notify_all()
+
+    def recv(self, edge: int, timeout_s: float) -> Tensor:
+        with self._condition:
+            if not self._condition.wait_for(lambda: edge in self._arrived, timeout_s):
+                raise WorkerError(f"edge {edge} did not come")
+            return self._arrived[edge]
+
+
+def run_partition(
+    partition: Partition, initial: Mapping[str, Tensor], feeds: Mapping[str, Tensor], steps: int, compile: str = "eager"
+) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """Every step's fetches, and the variables after the last; one thread a device."""
+    variables = {name: initial[name].detach().clone() for name in partition.homes}
+    runners = [DeviceRunner(p, partition.edges, variables, compile=compile) for p in partition.programs.values()]
+    fetched = []
+    for _ in range(steps):
+        exchange, results, errors = Mailbox(), dict[str, dict[str, Tensor]](), list[BaseException]()
+
+        def work(runner: DeviceRunner, exchange: Mailbox, results: dict, errors: list[BaseException]) -> None:
+            try:
+                given = {name: feeds[name] for name in runner.program.feeds}
+                results[runner.program.device] = runner.step(given, exchange, timeout_s=20.0)
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(r, exchange, results, errors)) for r in runners]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        fetched.append(
+            {
+                name: feeds[value] if device == "" else results[device][value]
+                for name, (device, value) in partition.fetches.items()
+            }
+        )
+    return fetched, variables
+
+
+def random_placement(graph: Graph, devices: Sequence[str], seed: int) -> dict[str, str]:
+    """A device for every node, each alone."""
+    chance = random.Random(seed)
+    return {node.name: chance.choice(devices) for node in graph.nodes}
+
+
+def random_pieces(graph: Graph, device_of: Mapping[str, str], seed: int) -> list[Piece]:
+    """The nodes in a random order in which they can run; neighbours of one device are at times one piece."""
+    chance = random.Random(seed)
+    waiting = {node: sum(a.op == "call_function" for a in node.all_input_nodes) for node in graph.nodes}
+    ready = [node for node in graph.nodes if not waiting[node]]
+    order = []
+    while ready:
+        node = ready.pop(chance.randrange(len(ready)))
+        order.append(node)
+        for user in node.users:
+            if user in waiting:
+                waiting[user] -= 1
+                if not waiting[user]:
+                    ready.append(user)
+    pieces: list[Piece] = []
+    made: dict[str, int] = {}
+    for node in order:
+        producer = node
+        while producer.target is operator.getitem:
+            producer = producer.args[0]
+        if producer is not node:  # picks go with what they pick from
+            index = made[producer.name]
+            pieces[index] = Piece(pieces[index].name, pieces[index].device, (*pieces[index].nodes, node.name))
+            continue
+        device = device_of[node.name]
+        if pieces and pieces[-1].device == device and chance.random() < 0.5:
+            pieces[-1] = Piece(pieces[-1].name, device, (*pieces[-1].nodes, node.name))
+        else:
+            pieces.append(Piece(str(len(pieces)), device, (node.name,)))
+        made[node.name] = len(pieces) - 1
+    return pieces

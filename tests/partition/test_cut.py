@@ -1,0 +1,156 @@
+"""A cut graph computes what the whole one does, bit for bit, wherever its nodes are and whatever their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.graph.programs import Program, branch_graph, deep_graph, equal_bits, feeds_of, mlp_graph, programs
+from tests.partition.cases import random_pieces, random_placement, run_partition
+from torch import Tensor, nn
+
+from millrace.compile.eager import compile_eager
+from millrace.errors import GraphError
+from millrace.graph.check import check
+from millrace.graph.graph import Graph, feed_key
+from millrace.graph.passes.prune import prune
+from millrace.graph.scopes import scope_of
+from millrace.graph.trace import trace
+from millrace.graph.training import training_graph
+from millrace.partition.cut import cut
+from millrace.partition.pieces import Piece, greedy_pieces
+from millrace.partition.program import Partition, Recv, Run, Send
+
+DEVICES = ("/host:0/cpu:0", "/host:0/cpu:1", "/host:1/cpu:0")
+
+
+def whole(graph: Graph, feeds: list[Tensor], steps: int) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """The fetches of every step and the variables after the last, of the graph in one piece."""
+    variables = [graph.initial[v.name].detach().clone() for v in graph.variables]
+    run, fetched = compile_eager(graph), []
+    for _ in range(steps):
+        fetched.append({n: t.clone() for n, t in zip(graph.fetches, run(variables, feeds), strict=True)})
+    return fetched, {v.name: t for v, t in zip(graph.variables, variables, strict=True)}
+
+
+def same(graph: Graph, partition: Partition, steps: int = 2, compile: str = "eager") -> None:
+    """Assert that it gives the same bits."""
+    feeds = feeds_of(graph)
+    expected, variables = whole(graph, feeds, steps)
+    by_name = {feed_key(f.name): t for f, t in zip(graph.feeds, feeds, strict=True)}
+    fetched, changed = run_partition(partition, graph.initial, by_name, steps, compile)
+    for one, other in zip(fetched, expected, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert equal_bits([one[name]], [other[name]]), name
+    for name, value in variables.items():
+        assert equal_bits([changed[name]], [value]), name
+
+
+def invariants(graph: Graph, partition: Partition) -> None:
+    """Assert what holds of every partition."""
+    for program in partition.programs.values():
+        have: set[str] = set()
+        for instruction in program.instructions:
+            if isinstance(instruction, Recv):
+                edge = partition.edges[instruction.edge]
+                assert edge.target == program.device
+                have.add(edge.value)
+            elif isinstance(instruction, Send):
+                edge = partition.edges[instruction.edge]
+                assert edge.source == program.device
+                assert edge.value in have or edge.value in program.sent_variables
+            else:
+                segment = program.segments[instruction.segment]
+                check(segment.graph)
+                assert {i for i in segment.inputs if not i.startswith("feed:")} <= have
+                have |= set(segment.outputs)
+                have -= set(instruction.forget)
+        assert have >= set(program.fetches)
+    pairs = [(edge.value, edge.target) for edge in partition.edges]
+    assert len(set(pairs)) == len(pairs)
+    numbers = {type(i): [] for i in (Send(0), Recv(0))}
+    for program in partition.programs.values():
+        for instruction in program.instructions:
+            if not isinstance(instruction, Run):
+                numbers[type(instruction)].append(instruction.edge)
+    assert sorted(numbers[Send]) == sorted(numbers[Recv]) == list(range(len(partition.edges)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(program=programs, devices=st.integers(1, 3), seed=st.integers(0, 2**32), greedy=st.booleans())
+def test_any_placement_and_order_gives_the_same_bits(program: Program, devices: int, seed: int, greedy: bool) -> None:
+    graph = program.graph()
+    device_of = random_placement(graph, DEVICES[:devices], seed)
+    pieces = greedy_pieces(graph, device_of) if greedy else random_pieces(graph, device_of, seed)
+    partition = cut(graph, pieces)
+    invariants(graph, partition)
+    same(graph, partition)
+
+
+def swap(v: dict[str, Any], x: Tensor) -> dict[str, Tensor]:
+    old = v["a"] * 1.0
+    v["a"], v["b"] = v["b"], v["a"]
+    v["c"] = x
+    v["d"] = v["c"].t()
+    v["e"] = v["e"] + v["a"]
+    return {"norm": (v["e"] - old).norm(), "moved": (v["e"] * 2 - v["f"]).sum(), "f": v["f"], "x": x}
+
+
+def awkward() -> Graph:
+    """Variables that take over others, a feed or a view; new values that are read beside old ones."""
+    torch.manual_seed(3)
+    return trace(swap, {n: torch.randn(4, 4, dtype=torch.float64) for n in "abcdef"}, torch.randn(4, 4).double())
+
+
+def batch_norm() -> Graph:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 3)
+    )
+    adam = torch.optim.AdamW(model.parameters(), lr=0.01)
+    return training_graph(model.double(), lambda m, x: m(x).square().mean(), adam, torch.randn(2, 3, 8, 8).double())
+
+
+@pytest.mark.parametrize("make", [awkward, batch_norm, branch_graph, deep_graph, mlp_graph])
+@pytest.mark.parametrize("seed", range(12))
+def test_awkward_graphs_give_the_same_bits(make: Callable[[], Graph], seed: int) -> None:
+    graph = make()
+    device_of = random_placement(graph, DEVICES[: 1 + seed % 3], seed)
+    pieces = greedy_pieces(graph, device_of) if seed % 2 else random_pieces(graph, device_of, seed)
+    partition = cut(graph, pieces)
+    invariants(graph, partition)
+    same(graph, partition, steps=3)
+
+
+def layers_on(graph: Graph, place: Mapping[str, str]) -> dict[str, str]:
+    """Devices by the first part of the module's path."""
+    return {node.name: place.get(scope_of(node).split(".")[0], DEVICES[1]) for node in graph.nodes}
+
+
+def test_a_chain_of_layers_on_two_devices_needs_three_segments_and_two_edges() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    graph = training_graph(model, lambda m, x: m(x).square().mean(), sgd, torch.randn(2, 8))
+    graph = prune(graph, ["loss"], graph.updates)
+    partition = cut(graph, greedy_pieces(graph, layers_on(graph, {"0": DEVICES[0], "1": DEVICES[0]})))
+    activations = [edge for edge in partition.edges if edge.spec.shape]
+    assert [(e.source, e.target) for e in activations] == [DEVICES[:2], DEVICES[1::-1]]
+    assert [len(partition.programs[name].segments) for name in DEVICES[:2]] == [2, 2]  # one more for the learning rate
+    same(graph, partition)
+
+
+def test_pieces_that_do_not_fit_are_refused() -> None:
+    graph = mlp_graph()
+    names = tuple(node.name for node in graph.nodes)
+    with pytest.raises(GraphError, match="in no piece"):
+        cut(graph, [Piece("a", "d", names[1:])])
+    with pytest.raises(GraphError, match="listed twice"):
+        cut(graph, [Piece("a", "d", names), Piece("b", "d", names[:1])])
+    with pytest.raises(GraphError, match="reads"):
+        cut(graph, [Piece("a", "d", names[5:]), Piece("b", "d", names[:5])])
