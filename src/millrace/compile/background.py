@@ -7,7 +7,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -15,6 +14,7 @@ import weakref
 from pathlib import Path
 from typing import IO
 
+from millrace.child_process import start_module
 from millrace.compile.artifacts import cache_directory
 from millrace.compile.eager import Compiled
 from millrace.compile.inductor import compile_inductor, load_cached, one_line
@@ -120,19 +120,11 @@ class BackgroundCompilation:
 
 
 def _start(graph_file: Path, threads: int, errors: IO[bytes]) -> subprocess.Popen[bytes]:
-    # -P: the working directory must not shadow modules that it does not shadow here.
-    worker = [sys.executable, "-P", "-m", "millrace.compile.worker"]
-    return subprocess.Popen(
-        [*worker, str(graph_file), str(threads), str(os.getpid())],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path if p),
-            "MILLRACE_CACHE": str(cache_directory().parent),
-        },
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=errors,
-        start_new_session=True,  # Ctrl-C is for the run; Inductor's own children end with the group
+    return start_module(
+        "millrace.compile.worker",
+        [str(graph_file), str(threads), str(os.getpid())],
+        errors=errors,
+        environment={"MILLRACE_CACHE": str(cache_directory().parent)},
     )
 
 

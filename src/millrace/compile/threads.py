@@ -7,7 +7,6 @@ one of their cores, each meeting waits for the scheduler.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import threading
 from collections.abc import Iterator
@@ -16,8 +15,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import Node
-from torch.utils.flop_counter import flop_registry
 
+from millrace.graph.flops import node_flops
 from millrace.graph.graph import Graph
 
 _GRAIN_ELEMENTS = 32768  # below which PyTorch's own kernels do not divide a tensor
@@ -81,16 +80,4 @@ def _is_small(node: Node) -> bool:
     tensors = [t for t in pytree.tree_leaves([value, arguments]) if isinstance(t, Tensor)]
     if any(t.numel() >= _GRAIN_ELEMENTS for t in tensors):
         return False
-    return _flops(node, value) < _GRAIN_FLOPS
-
-
-def _flops(node: Node, value: object) -> float:
-    """Of a matrix product, a convolution or attention; 0 for what does a few operations per element."""
-    formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
-    if formula is None:
-        return 0.0
-    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
-    try:
-        return float(formula(*args, **kwargs, out_val=value))
-    except (TypeError, ValueError, AttributeError, AssertionError):  # a formula for other arguments than these
-        return math.inf
+    return node_flops(node) < _GRAIN_FLOPS

@@ -7,14 +7,13 @@ registered.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 from pathlib import Path
 
 import torch
 
+from millrace.child_process import end_with
 from millrace.compile.inductor import compile_inductor, is_cached
 from millrace.errors import CompileError, GraphError
 from millrace.graph.save import load_graph
@@ -24,7 +23,7 @@ UNKNOWN_OPERATOR = 3
 
 def main(arguments: list[str]) -> int:
     graph_file, threads, parent = arguments
-    _die_with(int(parent))
+    end_with(int(parent))
     os.nice(10)  # training goes on meanwhile
     torch.set_num_threads(int(threads))
     try:
@@ -38,17 +37,6 @@ def main(arguments: list[str]) -> int:
         print(error, file=sys.stderr)
         return 1
     return 0 if is_cached(graph, int(threads)) else UNKNOWN_OPERATOR
-
-
-_PR_SET_PDEATHSIG = 1
-
-
-def _die_with(parent: int) -> None:
-    """Have the kernel end this process when the parent ends, also by a kill that lets it end nothing itself (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before that
-        sys.exit(1)
 
 
 if __name__ == "__main__":

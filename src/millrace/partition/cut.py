@@ -18,29 +18,31 @@ from torch.fx import Node
 
 from millrace.graph.graph import Graph, feed_key
 from millrace.graph.signature import TensorSpec
+from millrace.graph.values import reads_of
 from millrace.partition.pieces import Piece, checked
 from millrace.partition.program import Edge, Partition, Recv, Send
 from millrace.partition.segments import Outline, build
-from millrace.partition.values import reads_of
 
 
-def cut(graph: Graph, pieces: Sequence[Piece]) -> Partition:
-    """The programs of all devices named in `pieces`.
+def cut(graph: Graph, pieces: Sequence[Piece], homes: Mapping[str, str] | None = None) -> Partition:
+    """The programs of all devices named in `pieces` or `homes`.
 
-    A variable lives where it is updated; one that never changes, where it is first read.
-
-    Args: pieces: they hold every node once, in an order in which they can run; it becomes the order of each device.
+    Args:
+        pieces: they hold every node once, in an order in which they can run; it becomes the order of each device.
+        homes: variable -> the device that it lives on. Otherwise it lives where it is updated, or, if it never changes,
+            where it is first read.
 
     Raises: GraphError for pieces that do not fit the graph.
     """
     members = checked(graph, pieces)
     where = {node: piece.device for piece, nodes in zip(pieces, members, strict=True) for node in nodes}
     reads = [reads_of(nodes) for nodes in members]
-    homes = _homes(graph, pieces, where, reads)
+    homes = _homes(graph, pieces, where, reads) | dict(homes or {})
     inputs = graph.placeholders()
     where |= {inputs[variable]: home for variable, home in homes.items()}
     readers = _readers(graph, pieces, reads, where, homes)
-    outlines = {piece.device: Outline(piece.device) for piece in pieces}
+    devices = dict.fromkeys([*(piece.device for piece in pieces), *homes.values()])
+    outlines = {device: Outline(device) for device in devices}
     edges = _Edges(outlines)
     for node in (inputs[v.name] for v in graph.variables):  # as they were before the step, and so before all else
         edges.send(node, where[node], readers.get(node, []))

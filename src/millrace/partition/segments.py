@@ -11,8 +11,8 @@ from torch.fx import Node
 
 from millrace.graph.graph import Graph, feed_key, set_output, step_module
 from millrace.graph.signature import Feed, TensorSpec
+from millrace.graph.values import is_cheap, reads_of
 from millrace.partition.program import DeviceProgram, Edge, Instruction, Run, Segment, Send
-from millrace.partition.values import is_cheap, reads_of
 
 
 @dataclass

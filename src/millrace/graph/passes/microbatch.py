@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from millrace.errors import SettingError
 from millrace.graph.graph import INFO, Graph, feed_key, info, set_output, step_module
+from millrace.graph.passes.prune import prune
 from millrace.graph.signature import Feed, Phase, Role, TensorSpec
 
 aten = torch.ops.aten
@@ -63,11 +64,11 @@ def _part_of(graph: Graph, count: int) -> Graph:
         torch.zeros((size // count, *f.spec.shape[1:]), dtype=f.spec.dtype, device=f.spec.device) for f in graph.feeds
     ]
     part = graph.retrace(pytree.tree_unflatten(parts, pytree.treespec_loads(graph.feed_tree)))
-    if part.variables != graph.variables or part.fetches.keys() != graph.fetches.keys():
+    if part.variables != graph.variables or not graph.fetches.keys() <= part.fetches.keys():
         raise SettingError(
             f"microbatches={count}: for a batch of {size // count} the step has other variables or results."
         )
-    return part
+    return prune(part, list(graph.fetches), graph.updates)
 
 
 class _Parts:

@@ -1,8 +1,8 @@
-"""What one part of a graph needs of the others."""
+"""What one part of a graph needs of the others: the values that its nodes read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from torch._ops import OpOverload
 from torch.fx import Node
@@ -35,8 +35,3 @@ def reads_of(nodes: Iterable[Node]) -> dict[Node, None]:
     members = list(nodes)
     own = set(members)
     return {source: None for node in members for source in sources(node) if source not in own}
-
-
-def by_name(nodes: Sequence[Node]) -> list[str]:
-    """Their names."""
-    return [node.name for node in nodes]

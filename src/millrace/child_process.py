@@ -1,0 +1,50 @@
+"""Children of this process that run a module of ours, and end when it does."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import IO
+
+_PR_SET_PDEATHSIG = 1
+
+
+def start_module(
+    module: str,
+    arguments: Sequence[str],
+    *,
+    errors: IO[bytes] | int,
+    environment: Mapping[str, str] | None = None,
+    descriptors: Sequence[int] = (),
+) -> subprocess.Popen[bytes]:
+    """Start `python -m module`, which sees the same modules as this process.
+
+    Args: errors: where its standard error goes. environment: beside this process's own. descriptors: open files that it
+        inherits under the same numbers.
+    """
+    # -P: the working directory must not shadow modules that it does not shadow here.
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", module, *arguments],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path if p),
+            **(environment or {}),
+        },
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=errors,
+        pass_fds=tuple(descriptors),
+        start_new_session=True,  # Ctrl-C is for the run; its own children end with the group
+    )
+
+
+def end_with(parent: int) -> None:
+    """Have the kernel end this process when the parent ends, also by a kill that lets it end nothing itself (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was gone before that
+        sys.exit(1)

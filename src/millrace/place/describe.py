@@ -1,0 +1,141 @@
+"""A grouped graph and a cluster as the arrays that placement algorithms work on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from torch.fx import Node
+
+from millrace.graph.graph import Graph
+from millrace.graph.signature import Phase
+from millrace.graph.values import is_cheap, reads_of
+from millrace.place.cluster import Cluster
+from millrace.place.cost import is_free, tensor_bytes, works_of
+from millrace.place.grouping import Grouping, Task
+from millrace.place.problem import Problem
+
+
+def describe(graph: Graph, grouping: Grouping, cluster: Cluster, allowed_GD: np.ndarray, *, fused: bool) -> Problem:
+    """The placement problem.
+
+    Variables that are read outside of their group are tensors, made at the start of the step by a task of their own.
+
+    Args: allowed_GD: whether a group may be on a device. fused: see `cost.works_of`.
+    """
+    groups, devices = len(grouping.groups), cluster.devices
+    inputs = graph.placeholders()
+    home = {inputs[name]: index for name, index in grouping.variables.items()}
+    reads = [reads_of(task.nodes) for task in grouping.tasks]
+    given = _given(home, grouping.tasks, reads)
+    tasks = [Task(f"{grouping.groups[g]} variables", g, Phase.FORWARD, 0, tuple(nodes)) for g, nodes in given.items()]
+    first = len(tasks)
+    tasks += grouping.tasks
+    made_by = {node: index for index, task in enumerate(tasks) for node in task.nodes}
+    users: dict[Node, list[int]] = {}
+    for index, needed in enumerate(reads, start=first):
+        for node in needed:
+            if node in made_by:
+                users.setdefault(node, []).append(index)
+    tensors = list(users)
+    seconds_TD = np.zeros((len(tasks), len(devices)))
+    flops_G, resident_G = np.zeros(groups), np.zeros(groups)
+    for index, task in enumerate(tasks):
+        works = works_of(task.nodes, fused=fused) if index >= first else []
+        for d, device in enumerate(devices):
+            allowed = bool(allowed_GD[task.group, d])
+            seconds_TD[index, d] = sum(work.seconds(device) for work in works) if allowed else np.inf
+        flops_G[task.group] += sum(work.flops for work in works)
+    for variable in graph.variables:
+        if variable.name in grouping.variables:
+            resident_G[grouping.variables[variable.name]] += variable.spec.size_bytes
+    latency_DD, rate_DD, wire_DD = _links(cluster)
+    return Problem(
+        group_names_G=grouping.groups,
+        flops_G=flops_G,
+        resident_bytes_G=resident_G,
+        pipeline_G=_pipeline(grouping),
+        task_names_T=tuple(task.name for task in tasks),
+        group_T=np.array([task.group for task in tasks], dtype=np.int64),
+        microbatch_T=np.array([task.microbatch for task in tasks], dtype=np.int64),
+        backward_T=np.array([task.phase is not Phase.FORWARD for task in tasks]),
+        scratch_bytes_T=np.array([_scratch(task.nodes, users) if i >= first else 0.0 for i, task in enumerate(tasks)]),
+        seconds_TD=seconds_TD,
+        producer_K=np.array([made_by[node] for node in tensors], dtype=np.int64),
+        bytes_K=np.array([tensor_bytes(node.meta.get("val")) for node in tensors]),
+        first_use_K1=np.cumsum([0, *(len(users[node]) for node in tensors)], dtype=np.int64),
+        uses_C=np.array([index for node in tensors for index in users[node]], dtype=np.int64),
+        device_names_D=tuple(device.name for device in devices),
+        memory_bytes_D=np.array([float(device.memory_bytes) for device in devices]),
+        latency_s_DD=latency_DD,
+        bytes_per_s_DD=rate_DD,
+        wire_DD=wire_DD,
+    )
+
+
+def _given(
+    home: Mapping[Node, int], tasks: Sequence[Task], reads: Sequence[Mapping[Node, None]]
+) -> dict[int, list[Node]]:
+    """The variables that other groups read, by their group."""
+    given: dict[int, dict[Node, None]] = {}
+    for task, needed in zip(tasks, reads, strict=True):
+        for node in needed:
+            if home.get(node, task.group) != task.group:
+                given.setdefault(home[node], {})[node] = None
+    return {group: list(nodes) for group, nodes in given.items()}
+
+
+def _pipeline(grouping: Grouping) -> np.ndarray:
+    """Where each group stands in the forward pass."""
+    first = np.full(len(grouping.groups), len(grouping.tasks), dtype=np.int64)
+    for index, task in enumerate(grouping.tasks):
+        if task.phase is Phase.FORWARD:
+            first[task.group] = min(first[task.group], index)
+    position = np.empty_like(first)
+    position[np.argsort(first, kind="stable")] = np.arange(len(first))
+    return position
+
+
+def _scratch(nodes: Sequence[Node], shared: Mapping[Node, object]) -> float:
+    """The most memory that values take which the task makes for itself alone, bytes."""
+    own = {node: tensor_bytes(node.meta.get("val")) for node in nodes if node not in shared and not is_free(node)}
+    last: dict[Node, int] = {}
+    for index, node in enumerate(nodes):
+        for source in _memory_of(node):
+            last[source] = index
+    held = peak = 0.0
+    ending: dict[int, list[Node]] = {}
+    for node in own:
+        ending.setdefault(last.get(node, -1), []).append(node)
+    for index, node in enumerate(nodes):
+        held += own.get(node, 0.0)
+        peak = max(peak, held)
+        held -= sum(own[gone] for gone in ending.get(index, []))
+    return peak
+
+
+def _memory_of(node: Node) -> list[Node]:
+    """The nodes in whose memory lie what `node` reads."""
+    found, waiting = [], list(node.all_input_nodes)
+    while waiting:
+        source = waiting.pop()
+        found.append(source)
+        if source.op == "call_function" and is_free(source) and not is_cheap(source):
+            waiting += source.all_input_nodes
+    return found
+
+
+def _links(cluster: Cluster) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    count = len(cluster.devices)
+    latency, rate = np.zeros((count, count)), np.full((count, count), np.inf)
+    wire = np.full((count, count), -1, dtype=np.int64)
+    wires: dict[object, int] = {}
+    for s, source in enumerate(cluster.devices):
+        for t, target in enumerate(cluster.devices):
+            if s != t:
+                link = cluster.link(source.name, target.name)
+                latency[s, t], rate[s, t] = link.latency_s, link.bytes_per_s
+                # A wire that pairs share is shared in both directions.
+                key = cluster.links.index(link) if link.shared else (source.name, target.name)
+                wire[s, t] = wires.setdefault(key, len(wires))
+    return latency, rate, wire

@@ -1,0 +1,107 @@
+"""From a graph, a cluster and hints to a placement: what runs where, in which order, and what is expected of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch.fx import Node
+
+from millrace.graph.graph import Graph
+from millrace.place.algorithms.registry import algorithm
+from millrace.place.cluster import Cluster
+from millrace.place.cost import tensor_bytes, works_of
+from millrace.place.describe import describe
+from millrace.place.grouping import Grouping, Task, group
+from millrace.place.hints import Hints, allowed_devices, label_of
+from millrace.place.order import best_order
+from millrace.place.problem import Plan, Problem
+from millrace.place.simulate import Simulated, simulate
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """A plan for a graph on a cluster.
+
+    tasks: those of `problem`, in its order: the graph's own, and before them the reading of variables for others.
+    """
+
+    cluster: Cluster
+    hints: Hints
+    grouping: Grouping
+    problem: Problem
+    plan: Plan
+    expected: Simulated
+
+    @property
+    def device_of_group(self) -> dict[str, str]:
+        """Group name -> device name."""
+        names = self.problem.device_names_D
+        return {g: names[d] for g, d in zip(self.problem.group_names_G, self.plan.device_G, strict=True)}
+
+    @property
+    def homes(self) -> dict[str, str]:
+        """Variable name -> the device that it lives on."""
+        names = self.problem.device_names_D
+        return {variable: names[self.plan.device_G[g]] for variable, g in self.grouping.variables.items()}
+
+    def ordered_tasks(self) -> list[tuple[Task, str]]:
+        """The graph's tasks with their devices, in the order of the plan."""
+        first = self.problem.tasks - len(self.grouping.tasks)
+        names = self.problem.device_names_D
+        found = []
+        for index in self.plan.order_T:
+            if index >= first:
+                task = self.grouping.tasks[index - first]
+                found.append((task, names[self.plan.device_G[task.group]]))
+        return found
+
+
+def place(
+    graph: Graph,
+    cluster: Cluster,
+    hints: Hints | Mapping[str, str] | None = None,
+    *,
+    search: str = "auto",
+    budget_s: float = 5.0,
+    seed: int = 0,
+    fused: bool = True,
+    limit: int = 40,
+) -> Placement:
+    """Decide which device runs what.
+
+    Args:
+        graph: of the step, its batch already in microbatches.
+        hints: see `Hints`; a mapping is of module paths to devices.
+        search: the name of a placement algorithm, see `algorithms.registry`.
+        budget_s: how long it may search.
+        fused: whether the devices run compiled code.
+        limit: how many groups there may be; more give a finer placement and a longer search.
+
+    Raises: PlacementError when hints contradict, nothing fits in memory, or the cluster lacks something.
+    """
+    wishes = Hints.of(hints)
+    grouping = group(graph, _weight, lambda node: label_of(node, wishes), limit=limit)
+    allowed = allowed_devices(graph, grouping, cluster, wishes)
+    problem = describe(graph, grouping, cluster, allowed, fused=fused)
+    plan = algorithm(search)(problem, budget_s=budget_s, seed=seed)
+    return Placement(cluster, wishes, grouping, problem, plan, simulate(problem, plan))
+
+
+def follow(placement: Placement, graph: Graph, *, fused: bool = True) -> Placement:
+    """The same devices for another graph of the same step: for other fetches, or a batch of another size."""
+    hints = placement.hints
+    grouping = group(graph, _weight, lambda node: label_of(node, hints), like=placement.grouping)
+    everywhere = np.ones((len(grouping.groups), len(placement.cluster.devices)), dtype=bool)
+    problem = describe(graph, grouping, placement.cluster, everywhere, fused=fused)
+    device_G = placement.plan.device_G
+    plan = Plan(device_G, best_order(problem, device_G), placement.plan.algorithm, "as planned before")
+    return Placement(placement.cluster, hints, grouping, problem, plan, simulate(problem, plan))
+
+
+def _weight(node: Node) -> float:
+    """Operations, and bytes as what could be computed meanwhile."""
+    return sum(work.flops + 10.0 * work.moved_bytes for work in works_of([node], fused=False)) + tensor_bytes(
+        node.meta.get("val")
+    )

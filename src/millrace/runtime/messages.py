@@ -1,0 +1,111 @@
+"""Messages between a driver and its workers: a line of JSON and the bytes of some tensors, over a local socket.
+
+Frame: the length of the header (4 bytes, little-endian), the header as JSON, the tensors' bytes one after the other.
+The header's "tensors" lists (name, dtype, shape) of each. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from millrace.errors import WorkerError
+
+_LENGTH = struct.Struct("<I")
+_LONGEST_WAIT_S = 86400.0  # of the system, which counts in small integers
+
+
+@dataclass(frozen=True)
+class Message:
+    """What one side tells the other. kind: what it is about. fields: anything JSON can say. tensors: by name."""
+
+    kind: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def send(connection: socket.socket, message: Message, timeout_s: float, who: str) -> None:
+    """Write one message.
+
+    Args: who: names the other side in errors.
+
+    Raises: WorkerError when it has ended, or takes nothing for so long.
+    """
+    tensors = {name: tensor.detach().contiguous() for name, tensor in message.tensors.items()}
+    described = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()]
+    header = json.dumps({"kind": message.kind, "fields": dict(message.fields), "tensors": described}).encode()
+    connection.settimeout(min(timeout_s, _LONGEST_WAIT_S))
+    try:
+        connection.sendall(_LENGTH.pack(len(header)) + header)
+        for tensor in tensors.values():
+            if tensor.nbytes:
+                connection.sendall(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+    except TimeoutError:
+        raise WorkerError(_silent(who, timeout_s)) from None
+    except OSError:
+        raise WorkerError(_gone(who)) from None
+
+
+def receive(connection: socket.socket, timeout_s: float, who: str) -> Message:
+    """Read one message.
+
+    Args: who: names the other side in errors.
+
+    Raises: WorkerError when it has ended, or the message is not whole in time.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    (length,) = _LENGTH.unpack(_read(connection, _LENGTH.size, deadline_s, timeout_s, who))
+    header = json.loads(bytes(_read(connection, length, deadline_s, timeout_s, who)))
+    tensors = {}
+    for name, dtype, shape in header["tensors"]:
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+        if tensor.nbytes:
+            content = tensor.reshape(-1).view(torch.uint8).numpy().data
+            _fill(connection, content, deadline_s, timeout_s, who)
+        tensors[name] = tensor
+    return Message(header["kind"], header["fields"], tensors)
+
+
+def _read(connection: socket.socket, size: int, deadline_s: float, timeout_s: float, who: str) -> bytearray:
+    content = bytearray(size)
+    _fill(connection, memoryview(content), deadline_s, timeout_s, who)
+    return content
+
+
+def _fill(connection: socket.socket, content: memoryview, deadline_s: float, timeout_s: float, who: str) -> None:
+    while len(content):
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise WorkerError(_silent(who, timeout_s))
+        connection.settimeout(min(left_s, _LONGEST_WAIT_S))
+        try:
+            count = connection.recv_into(content)
+        except TimeoutError:
+            continue
+        except ConnectionError:
+            count = 0
+        if not count:
+            raise WorkerError(_gone(who))
+        content = content[count:]
+
+
+def _silent(who: str, timeout_s: float) -> str:
+    return (
+        f"{who} did not answer within {timeout_s:g} s. It may be slow, stuck or stopped. Allow more time by "
+        "`timeout_s`, or make the session anew and restore the last checkpoint."
+    )
+
+
+def _gone(who: str) -> str:
+    return (
+        f"{who} has ended: it was killed, ran out of memory or crashed. What it held of the variables is gone; "
+        "make the session anew and restore the last checkpoint."
+    )

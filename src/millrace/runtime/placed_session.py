@@ -1,0 +1,310 @@
+"""A session whose graph is divided over several devices."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from millrace.compile.tiered import Say
+from millrace.errors import FeedError, FetchError, MillraceError, did_you_mean
+from millrace.graph.graph import TRAIN, Graph, feed_key
+from millrace.graph.passes.microbatch import microbatch
+from millrace.graph.passes.prune import prune
+from millrace.graph.signature import TensorSpec
+from millrace.partition.cut import cut
+from millrace.partition.files import save_program
+from millrace.partition.pieces import Piece
+from millrace.partition.program import Partition
+from millrace.runtime.aliasing import Memory
+from millrace.runtime.feeds import FeedReader, Key
+from millrace.runtime.messages import Message
+from millrace.runtime.ranges import Range, check_ranges, feed_ranges
+from millrace.runtime.workers import Workers
+
+log = logging.getLogger(__name__)
+
+Place = Callable[[Graph], Sequence[Piece]]
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What every device did in one step.
+
+    times: device -> the moments at which its instructions began and the last one ended, in seconds of the host's
+    monotonic clock.
+    """
+
+    partition: Partition
+    times: Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """The step for batches of one shape. parts: into how many microbatches they are divided."""
+
+    graph: Graph
+    parts: int
+
+
+@dataclass
+class _Program:
+    """What some fetches need, cut and loaded by the workers under the number `key`."""
+
+    key: int
+    graph: Graph
+    fetches: tuple[str, ...]
+    partition: Partition
+    ranges: tuple[Range, ...]
+    tiers: dict[str, list[str]] = field(default_factory=dict)
+
+
+class PlacedSession:
+    """Holds the variables of a graph on several devices; runs fetches.
+
+    Every device is a worker that holds its own variables; in each step it gets one message, and the tensors that
+    devices need of each other go directly between them. Close it, or use it as a context, to end the workers.
+
+    Args:
+        graph: of the whole step.
+        place: from a graph (the part of the step that some fetches need, its batch already in microbatches) to pieces
+            with devices. The first graph that it gets is the whole step.
+        workers: the devices' processes; the session ends them.
+        variables: name -> value, where they are not `graph.initial`.
+        microbatches: into how many parts each batch is divided; a batch that cannot be divided so is divided into as
+            many as can be. reduction: see `passes.microbatch`.
+        compile: as for `Session`. timeout_s: how long any one wait may take.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        place: Place,
+        workers: Workers,
+        variables: Mapping[str, Tensor] | None = None,
+        *,
+        microbatches: int = 1,
+        reduction: str = "mean",
+        compile: str = "tiered",
+        timeout_s: float = 300.0,
+        say: Say = log.info,
+    ) -> None:
+        self.graph = graph
+        self.microbatches = microbatches
+        self.timeline: Timeline | None = None  # of the last step, while `watch_time` is set
+        self.watch_time = False
+        self._place = place
+        self._workers = workers
+        self._compile, self._reduction, self._timeout_s, self._say = compile, reduction, timeout_s, say
+        self._programs: dict[tuple[Key, tuple[str, ...]], _Program] = {}
+        self._step = 0
+        self._reader = FeedReader(graph, Memory([]))
+        given = dict(graph.initial) | dict(variables or {})
+        missing = [v.name for v in graph.variables if v.name not in given]
+        if missing:
+            raise FetchError(
+                f"no value for {len(missing)} of {len(graph.variables)} variables: {', '.join(missing[:5])}"
+            )
+        self._values = {v.name: given[v.name].detach() for v in graph.variables}
+        whole = _Shape(microbatch(graph, microbatches, reduction=reduction), microbatches)
+        self._shapes: dict[Key, _Shape] = {_key(feed.spec for feed in graph.feeds): whole}
+        self.homes = dict(cut(whole.graph, place(whole.graph)).homes)
+        self.push()
+
+    def __enter__(self) -> PlacedSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers; what they hold of the variables goes with them."""
+        self._workers.close()
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    def run(self, fetches: str | Sequence[str], feed: Any = None) -> Any:
+        """Run what `fetches` need; see `Session.run`.
+
+        Raises: besides what `Session.run` raises, WorkerError when a device has ended or kept the others waiting.
+        """
+        names = (fetches,) if isinstance(fetches, str) else tuple(fetches)
+        program, given = self._prepare(names, feed)
+        answers = self._take_step(program, given)
+        results: dict[str, Tensor | None] = {TRAIN: None}
+        for name in program.fetches:
+            device, value = program.partition.fetches[name]
+            results[name] = answers[device].tensors[value] if device else given[value].clone()
+        found = [results[name] for name in names]
+        return found[0] if isinstance(fetches, str) else found
+
+    def run_steps(self, fetches: Sequence[str], feeds: Sequence[Any]) -> list[Any]:
+        """Run one step per batch; fetches come back stacked along a new first axis."""
+        found = [self.run(fetches, feed) for feed in feeds]
+        return [None if one[0] is None else torch.stack(one) for one in map(list, zip(*found, strict=True))]
+
+    def partition(self, fetches: str | Sequence[str], feed: Any = None) -> Partition:
+        """How the graph of these fetches is cut, for batches like `feed` (or the first one)."""
+        names = (fetches,) if isinstance(fetches, str) else tuple(fetches)
+        return self._program(names, next(iter(self._shapes)) if feed is None else self._reader.read(feed).key).partition
+
+    @property
+    def last_tier(self) -> str:
+        """ "inductor" when all segments of the programs in use run compiled."""
+        tiers = {t for program in self._programs.values() for tiers in program.tiers.values() for t in tiers}
+        return "inductor" if tiers == {"inductor"} else "eager"
+
+    # -- variables -----------------------------------------------------------------------------------------------
+
+    @property
+    def variables(self) -> Mapping[str, Tensor]:
+        """The session's own copy, by name: the traced module's own tensors. `pull` brings it up to date."""
+        return self._values
+
+    def pull(self) -> None:
+        """Fetch all variables from their devices into `variables`."""
+        for name, value in self.read_all().items():
+            self._values[name].copy_(value)
+
+    def push(self) -> None:
+        """Give the devices the values in `variables`."""
+        self._write(self._values)
+
+    def read(self, name: str) -> Tensor:
+        """A copy of a variable's value. Raises FetchError with the nearest names."""
+        return self.read_all([name])[name]
+
+    def read_all(self, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Copies of the values of these variables, or of all."""
+        wanted = [v.name for v in self.graph.variables] if names is None else list(names)
+        by_home: dict[str, list[str]] = {}
+        for name in wanted:
+            by_home.setdefault(self._home(name), []).append(name)
+        answers = self._workers.ask({d: Message("read", {"names": n}) for d, n in by_home.items()}, self._timeout_s)
+        return {name: answers[self.homes[name]].tensors[name] for name in wanted}
+
+    def assign(self, name: str, value: Any) -> None:
+        """Give a variable a new value of its shape; see `Session.assign`."""
+        self._home(name)
+        spec = self.graph.variable(name).spec
+        new = torch.as_tensor(value)
+        if tuple(new.shape) != spec.shape:
+            raise FeedError(f"variable {name!r} has shape {list(spec.shape)}, got {list(new.shape)}")
+        self._write({name: new.to(spec.dtype)})
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _home(self, name: str) -> str:
+        if name not in self.homes:
+            raise FetchError(f"no variable is called {name!r}. {did_you_mean(name, list(self.homes))}")
+        return self.homes[name]
+
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        by_home: dict[str, dict[str, Tensor]] = {}
+        for name, value in values.items():
+            by_home.setdefault(self.homes[name], {})[name] = value
+        self._workers.ask({d: Message("write", {}, tensors) for d, tensors in by_home.items()}, self._timeout_s)
+
+    def _prepare(self, names: tuple[str, ...], feed: Any) -> tuple[_Program, dict[str, Tensor]]:
+        """What runs `names` for this batch, and the step's feeds by their keys, in parts as the graph wants them."""
+        if feed is None:
+            program = self._program(names, next(iter(self._shapes)))
+            inputs = program.graph.placeholders()
+            for one in program.graph.feeds:
+                if inputs[feed_key(one.name)].users:
+                    raise FeedError(
+                        f"{', '.join(names)} needs the feed {one.name!r} ({one.spec}), but no batch was given"
+                    )
+            nothing = {feed_key(f.name): torch.empty(f.spec.shape, dtype=f.spec.dtype) for f in program.graph.feeds}
+            return program, nothing
+        batch = self._reader.read(feed)
+        if batch.key not in self._shapes:
+            self._shapes[batch.key] = self._retraced(self._reader.nest(batch), batch.key)
+        program = self._program(names, batch.key)
+        parts = zip(*(tensor.chunk(self._shapes[batch.key].parts) for tensor in batch.placed), strict=True)
+        flat = [tensor for part in parts for tensor in part]
+        check_ranges(program.ranges, [flat])
+        return program, {feed_key(f.name): tensor for f, tensor in zip(program.graph.feeds, flat, strict=True)}
+
+    def _retraced(self, batch: Any, key: Key) -> _Shape:
+        """The step for batches of another shape."""
+        got = ", ".join(f"{f.name} {list(shape)}" for f, (shape, _) in zip(self.graph.feeds, key, strict=True))
+        expected = ", ".join(f"{f.name} {list(f.spec.shape)}" for f in self.graph.feeds)
+        if self.graph.retrace is None or any(
+            d != f.spec.dtype for f, (_, d) in zip(self.graph.feeds, key, strict=True)
+        ):
+            raise FeedError(
+                f"the batch is {got}, but the graph was traced for {expected}, and the dtypes must be its own."
+            )
+        try:
+            graph = self.graph.retrace(batch)
+        except (MillraceError, RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise FeedError(
+                f"the batch is {got} instead of {expected}, and the step does not run on that: {error}"
+            ) from error
+        self._say(f"a batch of another shape ({got}): the step was traced and cut again")
+        sizes = {shape[0] for shape, _ in key if shape}
+        size = sizes.pop() if len(sizes) == 1 else 1
+        parts = max(n for n in range(1, self.microbatches + 1) if size % n == 0)
+        return _Shape(microbatch(graph.with_(initial={}), parts, reduction=self._reduction), parts)
+
+    def _program(self, names: tuple[str, ...], key: Key) -> _Program:
+        if (key, names) not in self._programs:
+            whole = self._shapes[key].graph
+            wanted = tuple(dict.fromkeys(name for name in names if name != TRAIN))
+            part = prune(whole, wanted, whole.updates if TRAIN in names else ())
+            partition = cut(part, self._place(part), self.homes)
+            program = _Program(len(self._programs), part, wanted, partition, feed_ranges(part))
+            self._load(program)
+            self._programs[key, names] = program
+        return self._programs[key, names]
+
+    def _load(self, program: _Program) -> None:
+        base = self._workers.directory / f"program-{program.key}"
+        meeting = base / "meeting"
+        meeting.mkdir(parents=True, mode=0o700)
+        messages = {}
+        for number, (device, each) in enumerate(program.partition.programs.items()):
+            directory = base / str(number)
+            save_program(each, program.partition.edges, directory)
+            messages[device] = Message(
+                "program",
+                {
+                    "key": program.key,
+                    "directory": str(directory),
+                    "meeting": str(meeting),
+                    "compile": self._compile,
+                    "timeout_s": self._timeout_s,
+                },
+            )
+        self._workers.ask(messages, self._timeout_s)
+
+    def _take_step(self, program: _Program, given: Mapping[str, Tensor]) -> dict[str, Message]:
+        self._step += 1
+        fields = {
+            "key": program.key,
+            "step": self._step,
+            "timeout_s": self._timeout_s,
+            "timeline": self.watch_time,
+        }
+        messages = {
+            device: Message("step", fields, {name: given[name] for name in each.feeds})
+            for device, each in program.partition.programs.items()
+        }
+        # A device may wait for another as long as that, and then has to say so.
+        answers = self._workers.ask(messages, self._timeout_s + 2.0)
+        for device, answer in answers.items():
+            program.tiers[device] = answer.fields["tiers"]
+            for line in answer.fields["said"]:
+                self._say(f"{device}: {line}")
+        if self.watch_time:
+            self.timeline = Timeline(program.partition, {d: a.fields["times"] for d, a in answers.items()})
+        return answers
+
+
+def _key(specs: Iterable[TensorSpec]) -> Key:
+    return tuple((spec.shape, spec.dtype) for spec in specs)

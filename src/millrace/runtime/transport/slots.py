@@ -1,0 +1,117 @@
+"""The memory that a worker shares with those it sends to: a slot for every edge that begins there.
+
+    | step of edge 0 | data of edge 0 … | step of edge 1 | data of edge 1 … |
+
+Each part begins at a multiple of 64 bytes. A slot's step is written after its data: who reads the step that it waits
+for may read the data. The region has no name, only descriptors, so that the system takes it back when the last process
+that has one is gone, however that ended.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import mmap
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from millrace.errors import SettingError, WorkerError
+from millrace.partition.program import Edge
+
+_ALIGN_BYTES = 64
+_FENCE = threading.Lock()
+
+
+class Region:
+    """A mapped region. tensors: edge number -> the tensor that lies in its slot."""
+
+    def __init__(self, descriptor: int, edges: Iterable[Edge]) -> None:
+        edges = tuple(edges)
+        offsets, size_bytes = layout(edges)
+        memory = mmap.mmap(descriptor, size_bytes, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
+        self._words = memoryview(memory).cast("Q")
+        self._step_at = {number: offset // 8 for number, offset in offsets.items()}
+        self.tensors = {edge.number: _tensor(whole, offsets[edge.number] + _ALIGN_BYTES, edge) for edge in edges}
+
+    def step(self, number: int) -> int:
+        """The last step that wrote the edge's slot; -1 before the first."""
+        found = self._words[self._step_at[number]]
+        _order_memory()
+        return found - 1
+
+    def write(self, number: int, step: int, tensor: Tensor) -> None:
+        """Fill a slot, and say so."""
+        self.tensors[number].copy_(tensor)
+        _order_memory()
+        self._words[self._step_at[number]] = step + 1
+
+
+def layout(edges: Iterable[Edge]) -> tuple[Mapping[int, int], int]:
+    """Where the slots begin, by edge number, and the size of the region in bytes."""
+    offsets, end = {}, 0
+    for edge in edges:
+        offsets[edge.number] = end
+        data_bytes = -(-edge.spec.size_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
+        end += _ALIGN_BYTES + data_bytes
+    return offsets, max(end, _ALIGN_BYTES)
+
+
+def allocate(device: str, edges: Iterable[Edge]) -> int:
+    """A new region for these edges, with its memory taken now rather than when a step first writes.
+
+    Returns: a descriptor of it.
+    Raises: WorkerError when there is too little memory; SettingError on a system that has no anonymous regions.
+    """
+    if not hasattr(os, "memfd_create"):
+        raise SettingError(f"{device}: shared memory between workers needs Linux. Use the gloo transport here.")
+    _, size_bytes = layout(edges)
+    # Asked for more than there is, the system would end some process rather than refuse.
+    if size_bytes > _available_bytes():
+        raise _no_memory(device, size_bytes, "the system has less")
+    descriptor = os.memfd_create("millrace", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.posix_fallocate(descriptor, 0, size_bytes)
+        # A peer that made the region smaller would end every process that reads it.
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except OSError as error:
+        os.close(descriptor)
+        raise _no_memory(device, size_bytes, str(error)) from error
+    return descriptor
+
+
+def _no_memory(device: str, size_bytes: int, reason: str) -> WorkerError:
+    return WorkerError(
+        f"{device}: {size_bytes:,} bytes of shared memory for what it sends could not be had: {reason}. "
+        "Let fewer or smaller tensors cross between devices, or use a machine with more memory."
+    )
+
+
+def _available_bytes() -> float:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return math.inf
+
+
+def _tensor(whole: Tensor, offset: int, edge: Edge) -> Tensor:
+    if edge.spec.size_bytes == 0:
+        return torch.empty(edge.spec.shape, dtype=edge.spec.dtype)
+    return whole[offset : offset + edge.spec.size_bytes].view(edge.spec.dtype).view(edge.spec.shape)
+
+
+def _order_memory() -> None:
+    """What was read or written before stays before what comes after, also on processors that reorder.
+
+    Python has no fence. A lock that is given back is a release and one that is taken an acquisition, and an acquisition
+    does not overtake a release before it.
+    """
+    with _FENCE:
+        pass
+    with _FENCE:
+        pass

@@ -1,0 +1,153 @@
+"""The processes that are a session's devices, and talking to all of them at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Protocol
+
+from millrace import errors
+from millrace.child_process import start_module
+from millrace.errors import MillraceError, WorkerError
+from millrace.place.cluster import Device
+from millrace.runtime.messages import Message, receive, send
+
+_START_TIMEOUT_S = 120.0
+
+
+class Workers(Protocol):
+    """All devices of a session."""
+
+    directory: Path  # for files that driver and workers share; private to the user
+
+    def ask(self, messages: Mapping[str, Message], timeout_s: float) -> dict[str, Message]:
+        """Send each device its message, and wait for all answers.
+
+        Raises: what a device answered, if that is an error: the one that is a cause rather than a consequence.
+            WorkerError when a device has ended or does not answer in time; then the others are ended as well.
+        """
+        ...
+
+    def close(self) -> None:
+        """End all of them. A second call does nothing."""
+        ...
+
+
+class ProcessWorkers:
+    """One process on this host for each device.
+
+    imports: modules that every worker imports first, for operators that they register.
+    """
+
+    def __init__(self, devices: Sequence[Device], *, imports: Sequence[str] = ()) -> None:
+        self._temporary = tempfile.TemporaryDirectory(prefix="millrace-workers-")  # only this user may enter it
+        self.directory = Path(self._temporary.name)
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._connections: dict[str, socket.socket] = {}
+        self._finalizer = weakref.finalize(self, _end, self._children, self._connections, self._temporary)
+        for device in devices:
+            ours, theirs = socket.socketpair()
+            with theirs, open(self._log(device.name), "wb") as log:
+                self._children[device.name] = _start(theirs, log, device)
+            self._connections[device.name] = ours
+        self.ask(
+            {
+                device.name: Message(
+                    "start", {"device": device.name, "threads": device.threads, "imports": list(imports)}
+                )
+                for device in devices
+            },
+            _START_TIMEOUT_S,
+        )
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """The process of every device."""
+        return {device: child.pid for device, child in self._children.items()}
+
+    def ask(self, messages: Mapping[str, Message], timeout_s: float) -> dict[str, Message]:
+        """See `Workers.ask`."""
+        if not self._connections:
+            raise WorkerError(
+                "this session's workers were ended after an earlier error, or it was closed. Make it anew."
+            )
+        failures: list[MillraceError] = []
+        answers: dict[str, Message] = {}
+        for device, message in messages.items():
+            try:
+                send(self._connections[device], message, timeout_s, self._name(device))
+            except WorkerError as error:
+                failures.append(error)
+        for device in messages:
+            try:
+                answers[device] = receive(self._connections[device], timeout_s, self._name(device))
+            except WorkerError as error:
+                failures.append(self._explained(device, error))
+        if failures:
+            self.close()
+            raise failures[0]
+        raise_answered(answers)
+        return answers
+
+    def close(self) -> None:
+        """See `Workers.close`."""
+        self._finalizer()
+
+    def _name(self, device: str) -> str:
+        return f"the worker of {device} (process {self._children[device].pid})"
+
+    def _log(self, device: str) -> Path:
+        return self.directory / f"{device.strip('/').replace('/', '-').replace(':', '')}.log"
+
+    def _explained(self, device: str, error: WorkerError) -> WorkerError:
+        """The error with how the process ended and the last that it said, if it said anything."""
+        child = self._children[device]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(0.5)
+        how = ""
+        if child.returncode is not None and child.returncode < 0:
+            how = f" It was killed by {signal.Signals(-child.returncode).name}."
+        said = self._log(device).read_text(errors="replace").strip().splitlines()[-1:]
+        return WorkerError(f"{error}{how}" + (f" Its last words: {said[0]}" if said else ""))
+
+
+def raise_answered(answers: Mapping[str, Message]) -> None:
+    """Raise the error that some device answered with, if one did; those of devices that only waited come last."""
+    found = [(device, m.fields["type"], m.fields["text"]) for device, m in answers.items() if m.kind == "error"]
+    found.sort(key=lambda entry: entry[1] == WorkerError.__name__)
+    for device, kind, text in found:
+        raise getattr(errors, kind, errors.StepError)(f"{device}: {text}")
+
+
+def _start(connection: socket.socket, log: IO[bytes], device: Device) -> subprocess.Popen[bytes]:
+    threads = {"OMP_NUM_THREADS": str(device.threads), "MKL_NUM_THREADS": str(device.threads)}
+    return start_module(
+        "millrace.runtime.device_worker",
+        [str(connection.fileno()), str(os.getpid())],
+        errors=log,
+        environment=threads,
+        descriptors=[connection.fileno()],
+    )
+
+
+def _end(
+    children: dict[str, subprocess.Popen[bytes]],
+    connections: dict[str, socket.socket],
+    directory: tempfile.TemporaryDirectory[str],
+) -> None:
+    for connection in connections.values():
+        connection.close()
+    connections.clear()
+    for child in children.values():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # nothing is lost: variables are gone with any of them
+    for child in children.values():
+        child.wait()
+    directory.cleanup()
