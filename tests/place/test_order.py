@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.place.brute import random_plan
+from tests.place.problems import chain, problems
 
 from millrace.place.order import (
     backward_first_order,
@@ -19,8 +21,6 @@ from millrace.place.order import (
 )
 from millrace.place.problem import Ints, Plan, Problem
 from millrace.place.simulate import check_plan, simulate
-from tests.place.brute import random_plan
-from tests.place.problems import chain, problems
 
 ORDERS = [list_order, backward_first_order, gpipe_order, one_forward_one_backward_order, best_order]
 Order = Callable[[Problem, Ints], Ints]

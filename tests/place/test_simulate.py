@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.place.brute import memory_over_time, random_plan
+from tests.place.problems import Builder, problems
 
 from millrace.errors import PlacementError
 from millrace.place.order import longest_way
 from millrace.place.problem import Plan, Problem
 from millrace.place.simulate import simulate
-from tests.place.brute import memory_over_time, random_plan
-from tests.place.problems import Builder, problems
 
 SEEDS = st.integers(0, 2**32 - 1)
 

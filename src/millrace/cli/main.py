@@ -25,6 +25,8 @@ COMMANDS = {
     "predict": ("predict", "use a trained model on files"),
     "graph": ("graph", "show one training step as a dataflow graph"),
     "tasks": ("tasks", "list the tasks, or the settings of one"),
+    "place": ("place", "decide where the parts of a training step would run on a cluster"),
+    "devices": ("devices", "list devices and links, and what they reach"),
 }
 
 HELP = """\
@@ -44,6 +46,7 @@ To begin with:
 To try things:
   millrace tasks chars                     every setting of a task, with its default
   millrace train digits --set epochs=5 --set seed=1
+  millrace place chars --devices 2         what two workers would do with a training step, and how long it would take
   millrace train --resume latest           go on where a run was interrupted, or killed, bit for bit
   tensorboard --logdir runs                curves and graphs of all runs
 

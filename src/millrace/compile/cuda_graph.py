@@ -34,6 +34,10 @@ class CapturedSteps:
     def tier(self) -> str:
         return self._runner.tier
 
+    def close(self) -> None:
+        """See `Runner.close`."""
+        self._runner.close()
+
     def wait(self, timeout_s: float | None = None) -> None:
         """Block until a compilation that runs in the background is over."""
         self._runner.wait(timeout_s)

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from millrace.compile.in_place import assigned
+from millrace.graph.checked_index import checked_index
 from millrace.graph.graph import Graph
 from millrace.graph.random import uniform_in_aten
 
@@ -27,6 +28,9 @@ def lowered(graph: Graph) -> tuple[GraphModule, list[Tensor]]:
     for node in list(module.graph.nodes):
         if node.target is torch.ops.millrace.uniform.default:
             _inline_uniform(module, node)
+        elif node.target is checked_index:
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
         elif node.target is aten.pow.Scalar:
             _power_as_exponential(module, node)
         elif node.target is aten.addmm.default:

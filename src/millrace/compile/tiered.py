@@ -60,6 +60,12 @@ class Runner:
         if self._background is not None:
             self._background.wait(timeout_s)
 
+    def close(self) -> None:
+        """End a compilation that runs in the background; calls go on as they are."""
+        if self._background is not None:
+            self._background.cancel()
+            self._background, self._wanted = None, "settled"
+
     def _begin(self) -> None:
         self._background = BackgroundCompilation(self._graph)
         # Nobody will call what is compiled for a runner that is gone.

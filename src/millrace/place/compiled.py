@@ -6,6 +6,7 @@ machine code is kept in the user's cache directory, so that only the first proce
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -33,20 +34,30 @@ class Compiled:
             self._ready = self._compile() if importlib.util.find_spec("numba") else self.function
         return self._ready
 
+    def digest(self) -> str:
+        """Tells this source and that of all functions that it calls from any other: numba looks at one file only."""
+        inner = [value.digest() for value in self._called().values()]
+        own = Path(self.function.__code__.co_filename).read_bytes()
+        return hashlib.sha256(own + "".join(inner).encode()).hexdigest()[:16]
+
+    def _called(self) -> dict[str, Compiled]:
+        names = self.function.__globals__
+        found = {name: names.get(name) for name in self.function.__code__.co_names}
+        return {name: value for name, value in found.items() if isinstance(value, Compiled)}
+
     def _compile(self) -> Callable[..., Any]:
         numba = importlib.import_module("numba")
         # Compiled functions call each other through their globals, where numba must find its own kind of function.
-        names = self.function.__globals__
-        called = {name: names[name] for name in self.function.__code__.co_names if name in names}
-        own = {name: value.ready() for name, value in called.items() if isinstance(value, Compiled)}
-        function = types.FunctionType(self.function.__code__, {**names, **own}, self.function.__name__)
+        own = {name: value.ready() for name, value in self._called().items()}
+        names = {**self.function.__globals__, **own}
+        function = types.FunctionType(self.function.__code__, names, self.function.__name__)
         function.__module__, function.__qualname__ = self.function.__module__, self.function.__qualname__
-        directory = _cache_directory()
+        directory = _cache_directory(self.digest())
         if directory is None:
-            return numba.njit(function)  # type: ignore[no-any-return]
+            return numba.njit(function)
         kept, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(directory)
         try:
-            return numba.njit(cache=True)(function)  # type: ignore[no-any-return]
+            return numba.njit(cache=True)(function)
         finally:
             numba.config.CACHE_DIR = kept
 
@@ -57,18 +68,11 @@ def compiled(function: Callable[..., Any]) -> Compiled:
     return Compiled(function)
 
 
-def is_compiled() -> bool:
-    """Whether numba is there."""
-    return importlib.util.find_spec("numba") is not None
-
-
-def _cache_directory() -> Path | None:
+def _cache_directory(digest: str) -> Path | None:
     """Where machine code is kept; None where this user cannot write, or others can: what is in it is run."""
     named = os.environ.get("MILLRACE_CACHE")
-    base = (
-        Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "millrace"
-    )
-    directory = base.absolute() / "numba"
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    directory = (Path(named) if named else user / "millrace").absolute() / "numba" / digest
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = directory.stat()

@@ -96,7 +96,7 @@ def best_order(problem: Problem, device_G: Ints) -> Ints:
 def best_scored(problem: Problem, device_G: Ints) -> tuple[Ints, Score]:
     """The best of all these orders, and its score."""
     evaluator = Evaluator(problem)
-    scored = [(order_T, evaluator.reset(device_G, order_T)) for order_T in orders(problem, device_G)]
+    scored = [(order_T, evaluator.score(device_G, order_T)) for order_T in orders(problem, device_G)]
     return min(scored, key=lambda pair: (pair[1].over_bytes, pair[1].step_s))
 
 

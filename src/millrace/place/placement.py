@@ -19,6 +19,8 @@ from millrace.place.order import best_order
 from millrace.place.problem import Plan, Problem
 from millrace.place.simulate import Simulated, simulate
 
+_SEARCH_S_PER_GROUP, _LONGEST_SEARCH_S = 0.1, 5.0
+
 
 @dataclass(frozen=True, eq=False)
 class Placement:
@@ -64,7 +66,7 @@ def place(
     hints: Hints | Mapping[str, str] | None = None,
     *,
     search: str = "auto",
-    budget_s: float = 5.0,
+    budget_s: float | None = None,
     seed: int = 0,
     fused: bool = True,
     limit: int = 40,
@@ -75,7 +77,7 @@ def place(
         graph: of the step, its batch already in microbatches.
         hints: see `Hints`; a mapping is of module paths to devices.
         search: the name of a placement algorithm, see `algorithms.registry`.
-        budget_s: how long it may search.
+        budget_s: how long it may search; by default a tenth of a second for each group, at most five seconds.
         fused: whether the devices run compiled code.
         limit: how many groups there may be; more give a finer placement and a longer search.
 
@@ -85,6 +87,8 @@ def place(
     grouping = group(graph, _weight, lambda node: label_of(node, wishes), limit=limit)
     allowed = allowed_devices(graph, grouping, cluster, wishes)
     problem = describe(graph, grouping, cluster, allowed, fused=fused)
+    if budget_s is None:
+        budget_s = min(_LONGEST_SEARCH_S, _SEARCH_S_PER_GROUP * problem.groups)
     plan = algorithm(search)(problem, budget_s=budget_s, seed=seed)
     return Placement(cluster, wishes, grouping, problem, plan, simulate(problem, plan))
 

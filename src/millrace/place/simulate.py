@@ -84,17 +84,13 @@ def simulate(problem: Problem, plan: Plan) -> Simulated:
                 if target not in arrival:
                     wire = problem.wire_DD[device, target]
                     begun = max(end_T[task], wire_free[wire])
-                    size = problem.bytes_K[tensor]
-                    arrival[target] = wire_free[wire] = begun + transfer_seconds(problem, size, device, target)
-                    transfers.append(
-                        Transfer(
-                            int(tensor), int(device), int(target), float(begun), float(arrival[target]), float(size)
-                        )
-                    )
+                    size = float(problem.bytes_K[tensor])
+                    arrival[target] = wire_free[wire] = begun + transfer_seconds(problem, size, device, int(target))
+                    ends = float(begun), float(arrival[target])
+                    transfers.append(Transfer(int(tensor), int(device), int(target), *ends, size))
                 ready_T[reader] = max(ready_T[reader], arrival[target])
-    busy_D = np.bincount(
-        device_T, weights=problem.seconds_TD[np.arange(problem.tasks), device_T], minlength=problem.devices
-    )
+    own_s_T = problem.seconds_TD[np.arange(problem.tasks), device_T]
+    busy_D = np.bincount(device_T, own_s_T, problem.devices).astype(np.float64)
     peak_D = _peak_bytes(problem, plan, end_T, transfers)
     bytes_DD = np.zeros((problem.devices, problem.devices))
     for transfer in transfers:
@@ -145,7 +141,7 @@ def _peak_bytes(problem: Problem, plan: Plan, end_T: Floats, transfers: list[Tra
     grows, and it is highest just before these ends: what counts of a time is between which two ends it lies.
     """
     device_T = plan.device_G[problem.group_T]
-    peak_D = np.bincount(plan.device_G, weights=problem.resident_bytes_G, minlength=problem.devices)
+    peak_D = np.bincount(plan.device_G, problem.resident_bytes_G, problem.devices).astype(np.float64)
     place_T = np.zeros(problem.tasks, dtype=np.int64)  # where a task stands among those of its device
     change_D, ends_D = [], []
     for device in range(problem.devices):

@@ -83,9 +83,9 @@ def tables(problem: Problem) -> Tables:
     )
 
 
-def transfer_seconds(problem: Problem, nbytes: Floats | float, source: int, target: int) -> Floats | float:
-    """How long bytes take from one device to another, once the wire is free."""
-    return problem.latency_s_DD[source, target] + nbytes / problem.bytes_per_s_DD[source, target]
+def transfer_seconds(problem: Problem, size_bytes: float, source: int, target: int) -> float:
+    """How long a tensor takes from one device to another, once the wire is free."""
+    return float(problem.latency_s_DD[source, target] + size_bytes / problem.bytes_per_s_DD[source, target])
 
 
 def _rows(row_N: Ints, rows: int) -> tuple[Ints, Ints]:

@@ -1,6 +1,6 @@
-"""The walk of `simulate.py` from the middle of an order, as functions over arrays for `compiled.py`.
+"""The walk of `simulate.py`, as functions over arrays for `compiled.py`.
 
-Letters: T tasks, P positions in the order (as many), K tensors, C uses, D devices, W wires, S snapshots, L transfers.
+Letters: T tasks, P positions in the order (as many), K tensors, C uses, D devices, W wires, L transfers.
 """
 
 # No postponed annotations: these functions have none that numba would have to read.
@@ -12,11 +12,8 @@ from millrace.place.compiled import compiled
 
 @compiled
 def walk(  # type: ignore[no-untyped-def]
-    begin,  # the first position to walk
     limit_s,  # give up once the step is known to take longer
     load_s_D,  # what the tasks of each device take together
-    stride,  # positions from one snapshot to the next
-    keep,  # whether to write snapshots
     order_P,
     position_T,
     device_T,
@@ -30,35 +27,23 @@ def walk(  # type: ignore[no-untyped-def]
     latency_s_DD,
     bytes_per_s_DD,
     wire_DD,
-    ready_T,  # from here on: the state of the walk, as it is before `begin`
+    ready_T,  # from here on: the state of the walk, zeros at its beginning
     end_P,
     hold_bytes_P,  # allocated by the start of the task at a position, and freed by its end
     free_bytes_P,
     state,  # [3 D + W] when each device is free, bytes ever allocated there, seconds of its tasks so far; free wires
     sent,  # [L, 4] target, end of the transfer, bytes, position of the last reader
     counts,  # [1] transfers so far
-    snap_ready_ST,
-    snap_hold_SP,
-    snap_free_SP,
-    snap_state_S,
-    snap_counts_S,
 ):
-    """Walk the positions from `begin` on.
+    """Walk all positions.
 
-    Returns: the time of the last end among them, in seconds; infinite when that is certain to exceed `limit_s`.
+    Returns: the time of the last end, in seconds; infinite when that is certain to exceed `limit_s`.
     """
     devices = latency_s_DD.shape[0]
     arrival_D = np.zeros(devices)
     last_D = np.zeros(devices, dtype=np.int64)
     step_s = 0.0
-    for position in range(begin, len(order_P)):
-        if keep and position % stride == 0:
-            row = position // stride
-            snap_ready_ST[row, :] = ready_T
-            snap_hold_SP[row, :] = hold_bytes_P
-            snap_free_SP[row, :] = free_bytes_P
-            snap_state_S[row, :] = state
-            snap_counts_S[row] = counts[0]
+    for position in range(len(order_P)):
         task = order_P[position]
         device = device_T[task]
         seconds = seconds_TD[task, device]

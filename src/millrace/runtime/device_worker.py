@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import resource
 import socket
 import sys
 import time
@@ -102,6 +103,14 @@ def _shared_memory(device: str, edges: Sequence[Edge], directory: Path, timeout_
     return connect(device, edges, directory, timeout_s)
 
 
+def _hold_to(memory_bytes: int) -> None:
+    """Have the system refuse memory beyond what the process has now and so much more (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmData:"))
+    limit = int(line.split()[1]) * 1024 + memory_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
 def main(arguments: list[str]) -> int:
     """Serve the driver until it says "end" or ends itself."""
     descriptor, parent = (int(a) for a in arguments)
@@ -112,6 +121,8 @@ def main(arguments: list[str]) -> int:
     torch.set_grad_enabled(False)
     for name in start.fields["imports"]:
         importlib.import_module(name)
+    if start.fields["memory_bytes"] is not None:
+        _hold_to(start.fields["memory_bytes"])
     worker = DeviceWorker(start.fields["device"], _shared_memory)
     send(connection, Message("ready", {"pid": os.getpid()}), _FOREVER_S, "the driver")
     while True:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +25,13 @@ from millrace.runtime.aliasing import Memory
 from millrace.runtime.feeds import FeedReader, Key
 from millrace.runtime.messages import Message
 from millrace.runtime.ranges import Range, check_ranges, feed_ranges
+from millrace.runtime.save_nodes import SideGraph
+from millrace.runtime.session import Session
 from millrace.runtime.workers import Workers
 
 log = logging.getLogger(__name__)
+
+_LARGEST_MESSAGE_BYTES = 32 * 2**20
 
 Place = Callable[[Graph], Sequence[Piece]]
 
@@ -103,13 +108,8 @@ class PlacedSession:
         self._programs: dict[tuple[Key, tuple[str, ...]], _Program] = {}
         self._step = 0
         self._reader = FeedReader(graph, Memory([]))
-        given = dict(graph.initial) | dict(variables or {})
-        missing = [v.name for v in graph.variables if v.name not in given]
-        if missing:
-            raise FetchError(
-                f"no value for {len(missing)} of {len(graph.variables)} variables: {', '.join(missing[:5])}"
-            )
-        self._values = {v.name: given[v.name].detach() for v in graph.variables}
+        self._own = Session(graph, variables, compile="eager", say=say)
+        self._stale = False  # whether the devices have newer values than `variables`
         whole = _Shape(microbatch(graph, microbatches, reduction=reduction), microbatches)
         self._shapes: dict[Key, _Shape] = {_key(feed.spec for feed in graph.feeds): whole}
         self.homes = dict(cut(whole.graph, place(whole.graph)).homes)
@@ -162,17 +162,40 @@ class PlacedSession:
 
     @property
     def variables(self) -> Mapping[str, Tensor]:
-        """The session's own copy, by name: the traced module's own tensors. `pull` brings it up to date."""
-        return self._values
+        """This process's copy, by name: the traced module's own tensors, brought up to date when asked for."""
+        self.pull()
+        return self._own.variables
 
     def pull(self) -> None:
-        """Fetch all variables from their devices into `variables`."""
-        for name, value in self.read_all().items():
-            self._values[name].copy_(value)
+        """Bring the traced module's own tensors up to date."""
+        if self._stale:
+            for name, value in self.read_all().items():
+                self._own.variables[name].copy_(value)
+            self._stale = False
 
     def push(self) -> None:
-        """Give the devices the values in `variables`."""
-        self._write(self._values)
+        """Give the devices the values of the traced module's own tensors."""
+        self._write(self._own.variables)
+        self._stale = False
+
+    def side(self, name: str) -> SideGraph:
+        """The graph beside the step's that saves or restores; it runs in this process."""
+        return self._own.side(name)
+
+    def save(self, path: Path) -> None:
+        """Write every variable to one file; see `Session.save`."""
+        self.pull()
+        self._own.save(path)
+
+    def restore(self, path: Path) -> None:
+        """Read every variable from a file of `save`, and give it to its device; see `Session.restore`."""
+        self._own.restore(path)
+        self.push()
+
+    def first_nonfinite(self, feed: Any) -> str:
+        """Which node of the step first makes NaN or infinity; see `Session.first_nonfinite`."""
+        self.pull()
+        return self._own.first_nonfinite(feed)
 
     def read(self, name: str) -> Tensor:
         """A copy of a variable's value. Raises FetchError with the nearest names."""
@@ -195,6 +218,7 @@ class PlacedSession:
         if tuple(new.shape) != spec.shape:
             raise FeedError(f"variable {name!r} has shape {list(spec.shape)}, got {list(new.shape)}")
         self._write({name: new.to(spec.dtype)})
+        self._stale = True
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -204,10 +228,15 @@ class PlacedSession:
         return self.homes[name]
 
     def _write(self, values: Mapping[str, Tensor]) -> None:
-        by_home: dict[str, dict[str, Tensor]] = {}
-        for name, value in values.items():
-            by_home.setdefault(self.homes[name], {})[name] = value
-        self._workers.ask({d: Message("write", {}, tensors) for d, tensors in by_home.items()}, self._timeout_s)
+        waiting = list(values.items())
+        while waiting:  # a part at a time: a worker has a message twice in its memory for a moment
+            part: dict[str, dict[str, Tensor]] = {}
+            size = 0
+            while waiting and (not part or size + waiting[-1][1].nbytes <= _LARGEST_MESSAGE_BYTES):
+                name, value = waiting.pop()
+                size += value.nbytes
+                part.setdefault(self.homes[name], {})[name] = value
+            self._workers.ask({d: Message("write", {}, tensors) for d, tensors in part.items()}, self._timeout_s)
 
     def _prepare(self, names: tuple[str, ...], feed: Any) -> tuple[_Program, dict[str, Tensor]]:
         """What runs `names` for this batch, and the step's feeds by their keys, in parts as the graph wants them."""
@@ -285,6 +314,7 @@ class PlacedSession:
 
     def _take_step(self, program: _Program, given: Mapping[str, Tensor]) -> dict[str, Message]:
         self._step += 1
+        self._stale = self._stale or bool(program.graph.updates)
         fields = {
             "key": program.key,
             "step": self._step,
@@ -308,3 +338,6 @@ class PlacedSession:
 
 def _key(specs: Iterable[TensorSpec]) -> Key:
     return tuple((spec.shape, spec.dtype) for spec in specs)
+
+
+AnySession = Session | PlacedSession

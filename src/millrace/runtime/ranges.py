@@ -18,6 +18,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from millrace.errors import FeedError
+from millrace.graph.checked_index import checked_index
 from millrace.graph.graph import Graph, spec_of
 from millrace.runtime.watch import describe
 
@@ -123,6 +124,8 @@ def _bounds(user: Node, index: Node) -> tuple[int, int, int | None] | None:
         scores = _shape(args[0])
         ignored = args[_IGNORED_ARGUMENT] if len(args) > _IGNORED_ARGUMENT else None
         return 0, scores[1 if len(scores) > 1 else 0] - 1, ignored
+    if user.target is checked_index and args[0] is index:
+        return args[1], args[2], args[3]
     if user.target is aten.embedding.default and args[1] is index:
         return 0, _shape(args[0])[0] - 1, None
     if user.target in _BY_DIMENSION and args[2] is index and _shape(args[0]):

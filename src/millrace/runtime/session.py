@@ -162,6 +162,14 @@ class Session:
             raise FetchError(f"no variable is called {name!r}. {did_you_mean(name, list(self._variables))}")
         return self._variables[name]
 
+    def pull(self) -> None:
+        """Bring the traced module's own tensors up to date. Here they always are; on other devices they may not be."""
+
+    def close(self) -> None:
+        """End what compiles in the background. The session can still be used."""
+        for program in self._programs.values():
+            program.runner.close()
+
     def side(self, name: str) -> SideGraph:
         """The graph beside the step's: "save" or "restore"."""
         return self._side[name]

@@ -43,10 +43,13 @@ class Workers(Protocol):
 class ProcessWorkers:
     """One process on this host for each device.
 
-    imports: modules that every worker imports first, for operators that they register.
+    imports: modules that every worker imports first, for operators that they register. hold_to_memory: whether a
+    worker may not take more for its data than the device's memory; asking for more is then an error of the step.
     """
 
-    def __init__(self, devices: Sequence[Device], *, imports: Sequence[str] = ()) -> None:
+    def __init__(
+        self, devices: Sequence[Device], *, imports: Sequence[str] = (), hold_to_memory: bool = False
+    ) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="millrace-workers-")  # only this user may enter it
         self.directory = Path(self._temporary.name)
         self._children: dict[str, subprocess.Popen[bytes]] = {}
@@ -60,7 +63,13 @@ class ProcessWorkers:
         self.ask(
             {
                 device.name: Message(
-                    "start", {"device": device.name, "threads": device.threads, "imports": list(imports)}
+                    "start",
+                    {
+                        "device": device.name,
+                        "threads": device.threads,
+                        "imports": list(imports),
+                        "memory_bytes": device.memory_bytes if hold_to_memory else None,
+                    },
                 )
                 for device in devices
             },

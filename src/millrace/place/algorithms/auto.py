@@ -42,7 +42,7 @@ def auto(problem: Problem, *, budget_s: float, seed: int) -> Plan:
             refusals.append(f"{name}: none that fits")
     times_s = [step_seconds(problem, plan) for plan in plans]
     ranking = sorted(range(len(plans)), key=lambda i: (times_s[i], i))
-    found = improve(problem, [plans[i] for i in ranking], deadline - time.monotonic(), seed)
+    found = improve(problem, [plans[i] for i in ranking], max(deadline - time.monotonic(), budget_s / 2), seed)
     searched = Plan(found.device_G, found.order_T, "auto")
     table = [f"{plans[i].algorithm}: {1e3 * times_s[i]:.4g} ms" for i in ranking] + refusals
     if found.score.over_bytes > 0:

@@ -23,7 +23,7 @@ from millrace.place.algorithms.pipeline import pipeline
 from millrace.place.evaluate import Evaluator
 from millrace.place.order import best_scored, ranked_order
 from millrace.place.problem import Floats, Ints, Plan, Problem
-from millrace.place.tables import tables
+from millrace.place.tables import tables, transfer_seconds
 
 _GROUPS, _TASKS = 40, 200
 _SHARE = 0.25  # of the time, for a good plan to start from
@@ -60,9 +60,9 @@ def exact(problem: Problem, *, budget_s: float, seed: int) -> Plan:
         if device_G is None or start_s_T is None:
             break
         for order_T in (ranked_order(problem, device_G, -start_s_T), best_scored(problem, device_G)[0]):
-            score = evaluator.reset(device_G, order_T)
+            score = evaluator.score(device_G, order_T)
             if (score.over_bytes, score.step_s) < (best.score.over_bytes, best.score.step_s):
-                best = Found(device_G, order_T, score, 0, 0)
+                best = Found(device_G, order_T, score)
         conflicts = [c for c in _conflicts(problem, device_G, start_s_T) if c not in forbidden]
         if not conflicts or _proved(best, bound_s):
             break
@@ -102,9 +102,7 @@ def _serial_seconds(problem: Problem) -> float:
     return float(slowest_T.sum() + (problem.devices - 1) * wire_s.sum())
 
 
-def _conflicts(
-    problem: Problem, device_G: Ints, start_s_T: Floats
-) -> Iterator[Conflict]:
+def _conflicts(problem: Problem, device_G: Ints, start_s_T: Floats) -> Iterator[Conflict]:
     """Pairs of tasks that overlap on a device, and of transfers that overlap on a wire (with groups of readers)."""
     device_T = device_G[problem.group_T]
     end_s_T = start_s_T + problem.seconds_TD[np.arange(problem.tasks), device_T]
@@ -123,10 +121,10 @@ def _conflicts(
         readers = problem.uses_C[problem.first_use_K1[tensor] : problem.first_use_K1[tensor + 1]]
         for target in sorted({int(device_T[r]) for r in readers} - {int(source)}):
             there = readers[device_T[readers] == target]
-            seconds = problem.latency_s_DD[source, target] + problem.bytes_K[tensor] / problem.bytes_per_s_DD[source, target]
+            seconds = transfer_seconds(problem, float(problem.bytes_K[tensor]), int(source), target)
             group = int(problem.group_T[there[np.argmin(start_s_T[there])]])
             latest_s = float(start_s_T[there].min())
-            sent.append((int(problem.wire_DD[source, target]), latest_s - float(seconds), latest_s, tensor, group))
+            sent.append((int(problem.wire_DD[source, target]), latest_s - seconds, latest_s, tensor, group))
     sent.sort()
     for i, (wire, _, end_s, tensor, group) in enumerate(sent):
         for wire2, begin2_s, _, tensor2, group2 in sent[i + 1 :]:

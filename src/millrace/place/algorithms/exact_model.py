@@ -1,19 +1,21 @@
 """Placement and order as an integer program whose sequencing constraints come one by one.
 
-Binary x[g, d] puts group g on device d; s[t] is the start of task t; C, which is minimised, the end of the step. For two
-groups that exchange tensors, z[d, e] tells that they are on d and e (it splits x, as in a transportation problem, which
-is tighter than z >= x + x - 1). Binary y orders two tasks that would overlap on a device, or two transfers on a wire;
-most pairs never need one. Without some of these constraints the optimum is still a lower bound.
+Binary x[g, d] puts group g on device d; s[t] is the start of task t; C, which is minimised, the end of the step. For
+two groups that exchange tensors, z[d, e] tells that they are on d and e (it splits x, as in a transportation problem,
+which is tighter than z >= x + x - 1). Binary y orders two tasks that would overlap on a device, or two transfers on a
+wire; most pairs never need one. Without some of these constraints the optimum is still a lower bound.
 """
 
 from __future__ import annotations
 
+import importlib
+import itertools
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
-from scipy.sparse import csr_array
 
+from millrace.errors import PlacementError
 from millrace.place.devices import device_classes
 from millrace.place.problem import Floats, Ints, Problem
 from millrace.place.tables import tables, transfer_seconds
@@ -22,7 +24,7 @@ Terms = Iterable[tuple[int, float]]
 
 
 class ExactModel:
-    """Rows `terms <= limit` over variables with bounds; `latest_s` is the end of a step that is known to be possible."""
+    """Rows `terms <= limit` over variables with bounds. latest_s: the end of a step that is known to be possible."""
 
     def __init__(self, problem: Problem, latest_s: float) -> None:
         self.problem, self.latest_s = problem, latest_s
@@ -46,22 +48,23 @@ class ExactModel:
 
     def solve(self, budget_s: float) -> tuple[float, Ints | None, Floats | None]:
         """Returns: a lower bound of the step, the device of each group and the start of each task, if found in time."""
+        optimize, sparse = _scipy("optimize"), _scipy("sparse")
         count = len(self._upper)
         sizes = [len(columns) for columns, _, _ in self._rows]
         columns = np.concatenate([np.array(c) for c, _, _ in self._rows])
         values = np.concatenate([np.array(v) for _, v, _ in self._rows])
-        matrix = csr_array(
+        matrix = sparse.csr_array(
             (values, columns, np.concatenate([[0], np.cumsum(sizes)])), shape=(len(self._rows), count)
         )
         objective = np.zeros(count)
         objective[self._end] = 1.0
         integrality = np.zeros(count)
         integrality[self._binary] = 1
-        result: OptimizeResult = milp(
+        result = optimize.milp(
             objective,
             integrality=integrality,
-            bounds=Bounds(np.zeros(count), np.array(self._upper)),
-            constraints=LinearConstraint(matrix, ub=np.array([limit for _, _, limit in self._rows])),
+            bounds=optimize.Bounds(np.zeros(count), np.array(self._upper)),
+            constraints=optimize.LinearConstraint(matrix, ub=np.array([limit for _, _, limit in self._rows])),
             options={"time_limit": max(budget_s, 0.01), "mip_rel_gap": 1e-6},
         )
         if result.status == 2:  # infeasible: nothing ends before the latest end
@@ -96,7 +99,7 @@ class ExactModel:
                 for (early, late), sign in (((0, 1), 1.0), ((1, 0), -1.0)):
                     (k1, _), _, to1 = places[early]
                     (k2, _), from2, to2 = places[late]
-                    seconds = float(transfer_seconds(problem, problem.bytes_K[k2], int(from2), int(to2)))
+                    seconds = transfer_seconds(problem, problem.bytes_K[k2], int(from2), int(to2))
                     terms = [(self._arrival(k1, int(to1)), 1.0), (self._arrival(k2, int(to2)), -1.0)]
                     late_far = far if sign > 0 else 0.0
                     self._row([*terms, (first, sign * far), *active], limit + late_far - seconds)
@@ -109,7 +112,7 @@ class ExactModel:
             producer = int(problem.producer_K[tensor])
             for source in range(problem.devices):
                 if source != target:
-                    seconds = float(transfer_seconds(problem, problem.bytes_K[tensor], source, target))
+                    seconds = transfer_seconds(problem, problem.bytes_K[tensor], source, target)
                     # far for the producer elsewhere: then this row says nothing
                     terms = [*self._ends(producer), (arrival, -1.0), (self._source(tensor)[source], far)]
                     self._row(terms, far - seconds)
@@ -128,7 +131,7 @@ class ExactModel:
                     for d, row in enumerate(self._both(a, b)):
                         for e, variable in enumerate(row):
                             if d != e:
-                                seconds = float(transfer_seconds(problem, problem.bytes_K[tensor], d, e))
+                                seconds = transfer_seconds(problem, problem.bytes_K[tensor], d, e)
                                 wire.append((variable, seconds))
                 self._row([*self._ends(int(producer)), (self._s[reader], -1.0), *wire], 0.0)
         for task in range(problem.tasks):
@@ -181,7 +184,7 @@ class ExactModel:
         class_D = device_classes(self.problem)
         for kind in np.unique(class_D):
             members = np.flatnonzero(class_D == kind)
-            for earlier, later in zip(members, members[1:], strict=False):
+            for earlier, later in itertools.pairwise(members):
                 for g in range(self.problem.groups):
                     taken = [(self._x[h][earlier], -1.0) for h in range(g)]
                     self._row([(self._x[g][later], 1.0), *taken], 0.0)
@@ -213,6 +216,17 @@ class ExactModel:
     def _equal(self, terms: list[tuple[int, float]], value: float) -> None:
         self._row(terms, value)
         self._row([(variable, -v) for variable, v in terms], -value)
+
+
+def _scipy(part: str) -> Any:
+    """A module of scipy, which nothing else here needs. Raises: PlacementError where it is not installed."""
+    try:
+        return importlib.import_module(f"scipy.{part}")
+    except ImportError as error:
+        raise PlacementError(
+            f"the algorithm 'exact' solves integer programs with scipy, which cannot be imported ({error}). "
+            "Run `pip install \"millrace[place]\"`, or use 'auto'."
+        ) from error
 
 
 def _slowest_transfer(problem: Problem) -> float:

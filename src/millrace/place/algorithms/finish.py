@@ -26,5 +26,5 @@ def checked(problem: Problem, plan: Plan) -> Plan:
 
 def step_seconds(problem: Problem, plan: Plan) -> float:
     """What a plan takes, in seconds; infinite where it does not fit."""
-    score = Evaluator(problem).reset(plan.device_G, plan.order_T)
+    score = Evaluator(problem).score(plan.device_G, plan.order_T)
     return score.step_s if score.over_bytes == 0 else float("inf")

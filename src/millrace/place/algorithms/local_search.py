@@ -1,7 +1,6 @@
 """Simulated annealing over placements and orders, from several starts.
 
-Source: Kirkpatrick, Gelatt, Vecchi 1983, in rounds that cool down from ever better starts. What a trial may take is
-drawn before it is walked, so that the walk can end as soon as it takes longer.
+Source: Kirkpatrick, Gelatt, Vecchi 1983, in rounds that cool down, each from the best so far.
 """
 
 from __future__ import annotations
@@ -17,21 +16,25 @@ from millrace.place.algorithms.expert import expert
 from millrace.place.algorithms.finish import checked
 from millrace.place.algorithms.heft import heft
 from millrace.place.algorithms.hints_only import hints_only
-from millrace.place.algorithms.moves import Moves
 from millrace.place.algorithms.pipeline import pipeline
-from millrace.place.devices import pinned_devices
-from millrace.place.evaluate import Evaluator, Score
+from millrace.place.anneal import anneal
+from millrace.place.devices import pinned_devices, pipeline_order
+from millrace.place.evaluate import Evaluator, Score, least_seconds_after
 from millrace.place.order import best_scored, pipelined_rank, ranked_order
 from millrace.place.problem import Ints, Plan, Problem
 from millrace.place.tables import tables
 
-_HOT, _COLD = 0.03, 0.0003  # temperatures, as parts of the time of the step
-_MOVES_PER_GROUP = 60  # in a round
-_REORDERS = 4  # in a round
-_ROUNDS = 60
-_PATIENCE = 12  # rounds without gain
+_HOT = (0.003, 0.03, 0.1, 0.3)  # temperatures at the beginning of rounds, as parts of the time of the step
+_COLD = 0.0003
+_TRIALS_PER_GROUP = 1000  # in a round, of at least so many trials, and at most so many tasks walked
+_LEAST_TRIALS, _MOST_TASKS = 20_000, 30_000_000
+_CHUNK = 2000  # trials between looks at the clock, for a problem of a thousand tasks
+_ROUNDS = 200
+_NEAR = 1.3  # a start is good when it takes at most so many times what the best takes
+_PATIENCE = 20  # rounds without gain
+_ORDER_SHARE = 0.3
 _NOISE = (0.02, 0.1, 0.3)
-_OVER = 10.0  # the price of all memory once more, in steps
+_OVER = 1000.0  # the price of all memory once more, in steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +44,8 @@ class Found:
     device_G: Ints
     order_T: Ints
     score: Score
-    rounds: int
-    trials: int
+    rounds: int = 0
+    trials: int = 0
 
 
 def local_search(problem: Problem, *, budget_s: float, seed: int) -> Plan:
@@ -50,38 +53,38 @@ def local_search(problem: Problem, *, budget_s: float, seed: int) -> Plan:
 
     Raises: PlacementError when nothing that fits is found.
     """
-    deadline = time.monotonic() + budget_s
+    begun = time.monotonic()
     starts = []
     for algorithm in (expert, heft, pipeline, hints_only):
         try:
             starts.append(algorithm(problem, budget_s=budget_s / 8, seed=seed))
         except PlacementError:
             continue
-    found = improve(problem, starts, deadline - time.monotonic(), seed)
+    found = improve(problem, starts, max(budget_s - (time.monotonic() - begun), budget_s / 2), seed)
     note = f"{found.trials} trials in {found.rounds} rounds from {', '.join(s.algorithm for s in starts) or 'nothing'}"
     return checked(problem, Plan(found.device_G, found.order_T, "local_search", note))
 
 
 def improve(problem: Problem, starts: Sequence[Plan], budget_s: float, seed: int) -> Found:
-    """Anneal from each start once, then from the best again and again, until the time is over or nothing is gained.
+    """Anneal from each good start once, then from the best again and again, until time is over or nothing is gained.
 
     Without starts it begins with a random placement. The result is never worse than the best start.
     """
-    deadline = time.monotonic() + budget_s
     random = np.random.default_rng(seed)
     pinned_devices(problem)
-    search = _Search(problem, random, deadline)
-    begun = [(plan.device_G, plan.order_T) for plan in starts] or [_random_start(problem, random)]
-    for device_G, order_T in begun:
-        search.consider(device_G, order_T)
-        search.consider(device_G, best_scored(problem, device_G)[0])
+    search = _Search(problem, random)
+    begun = [_reordered(problem, plan) for plan in starts] or [_random_start(problem, random)]
+    search.anneal(begun[0], 1, 1.0, np.inf)  # compiled before the clock starts
+    deadline = time.monotonic() + budget_s
+    for found in begun:
+        search.keep(found)
+    begun = [found for found in begun if found.score.step_s <= _NEAR * search.best.score.step_s]
     idle = rounds = 0
-    while search.moves.movable and rounds < _ROUNDS and idle < _PATIENCE and time.monotonic() < deadline:
+    while search.movable and rounds < _ROUNDS and idle < _PATIENCE and time.monotonic() < deadline:
         kept = search.best
-        if rounds < len(begun) and rounds:
-            search.round(*begun[rounds], _HOT)
-        else:
-            search.round(kept.device_G, kept.order_T, (0.03, 0.1, 0.3, 0.01)[idle % 4])
+        start = begun[rounds] if rounds < len(begun) else kept
+        ended = search.anneal(start, search.trials_a_round, _HOT[idle % len(_HOT)], deadline)
+        search.reorder(ended)
         rounds += 1
         idle = 0 if _better(search.best.score, kept.score, 1e-4) else idle + 1
     best = search.best
@@ -89,66 +92,63 @@ def improve(problem: Problem, starts: Sequence[Plan], budget_s: float, seed: int
 
 
 class _Search:
-    """The best so far, and one round of annealing."""
+    """The best so far, and what every round of annealing needs."""
 
-    def __init__(self, problem: Problem, random: np.random.Generator, deadline: float) -> None:
-        self.problem, self.random, self.deadline = problem, random, deadline
-        self.moves = Moves(problem)
+    def __init__(self, problem: Problem, random: np.random.Generator) -> None:
+        self.problem, self.random = problem, random
         self.evaluator = Evaluator(problem)
-        self.best: Found = Found(np.zeros(0, int), np.zeros(0, int), Score(np.inf, np.inf), 0, 0)
+        self.movable = np.flatnonzero(tables(problem).allowed_GD.sum(axis=1) > 1).tolist()
+        self.best = Found(np.zeros(0, int), np.zeros(0, int), Score(np.inf, np.inf))
         self.trials = 0
+        least = max(_LEAST_TRIALS, _TRIALS_PER_GROUP * len(self.movable))
+        self.trials_a_round = min(least, max(_MOST_TASKS // problem.tasks, 1))
+        self._arrays = problem_arrays(problem, self.movable)
 
-    def consider(self, device_G: Ints, order_T: Ints) -> Score:
-        """Make a placement and an order the base of trials, and keep them if they are the best."""
-        score = self.evaluator.reset(device_G, order_T)
-        self._keep(score)
-        return score
+    def keep(self, found: Found) -> None:
+        """Remember the best."""
+        if _better(found.score, self.best.score):
+            self.best = found
 
-    def round(self, device_G: Ints, order_T: Ints, hot: float) -> None:
-        """Anneal from hot to cold, looking for a better order now and then."""
-        now = self.consider(device_G, order_T)
-        count = max(400, _MOVES_PER_GROUP * len(self.moves.movable))
-        cooling = (_COLD / hot) ** (1 / count)
-        temperature_s = hot * (self.best.score.step_s if np.isfinite(self.best.score.step_s) else 1.0)
-        for number in range(count):
-            temperature_s *= cooling
-            if number % 64 == 0 and time.monotonic() > self.deadline:
+    def anneal(self, start: Found, trials: int, hot: float, deadline: float) -> Found:
+        """Change a plan from hot to cold. Returns: the best on the way."""
+        order_share = _ORDER_SHARE if self.movable else 1.0
+        price = _OVER / float(self.problem.memory_bytes_D.sum())
+        unit_s = start.score.step_s if np.isfinite(start.score.step_s) else 1.0
+        device_G, order_T, best = start.device_G.copy(), start.order_T.copy(), start
+        chunk = max(50, int(_CHUNK * 1000 / self.problem.tasks))
+        cold = (_COLD / hot) ** (1 / trials)
+        for first in range(0, trials, chunk):
+            count = min(chunk, trials - first)
+            best_G, best_T = device_G.copy(), order_T.copy()
+            step_s, over = anneal(
+                self.random.random((count, 5)),
+                unit_s * hot * cold**first,
+                unit_s * hot * cold ** (first + count),
+                price,
+                order_share,
+                device_G,
+                order_T,
+                best_G,
+                best_T,
+                *self._arrays,
+            )
+            self.trials += count
+            if _better(Score(step_s, over), best.score):
+                best = Found(best_G, best_T, Score(step_s, over))
+            if time.monotonic() > deadline:
                 break
-            if number % (count // _REORDERS) == count // _REORDERS - 1:
-                now = self._reorder(now)
-            changed, moved = self.moves.draw(self.evaluator.device_G, self.random)
-            if not moved:
-                continue
-            self.trials += 1
-            limit_s = self._cost(now) - temperature_s * float(np.log(self.random.random() + 1e-300))
-            score = self.evaluator.trial(changed, moved, limit_s)
-            if self._cost(score) <= limit_s:
-                now = self.evaluator.accept(changed, moved)
-                self._keep(now)
-        self._reorder(now)
-        self.consider(self.best.device_G, self.best.order_T)
-        self._reorder(self.best.score)
+        self.keep(best)
+        return best
 
-    def _reorder(self, now: Score) -> Score:
-        """Look for a better order of the base."""
-        device_G, kept_T = self.evaluator.device_G.copy(), self.evaluator.order_T
-        candidates = [best_scored(self.problem, device_G)[0]]
-        rank_T = pipelined_rank(self.problem, device_G)
+    def reorder(self, found: Found) -> None:
+        """Look for a better order of a placement."""
+        candidates = [best_scored(self.problem, found.device_G)[0]]
+        rank_T = pipelined_rank(self.problem, found.device_G)
         for noise in _NOISE:
             factor_T = 1 + noise * self.random.standard_normal(len(rank_T))
-            candidates.append(ranked_order(self.problem, device_G, rank_T * factor_T))
+            candidates.append(ranked_order(self.problem, found.device_G, rank_T * factor_T))
         for order_T in candidates:
-            score = self.consider(device_G, order_T)
-            if _better(score, now):
-                now, kept_T = score, order_T
-        return self.consider(device_G, kept_T)
-
-    def _cost(self, score: Score) -> float:
-        return score.step_s * (1 + _OVER * score.over_bytes / float(self.problem.memory_bytes_D.sum()))
-
-    def _keep(self, score: Score) -> None:
-        if _better(score, self.best.score):
-            self.best = Found(self.evaluator.device_G.copy(), self.evaluator.order_T.copy(), score, 0, 0)
+            self.keep(Found(found.device_G, order_T, self.evaluator.score(found.device_G, order_T)))
 
 
 def _better(score: Score, other: Score, by: float = 0.0) -> bool:
@@ -157,6 +157,53 @@ def _better(score: Score, other: Score, by: float = 0.0) -> bool:
     return score.step_s < other.step_s * (1 - by)
 
 
-def _random_start(problem: Problem, random: np.random.Generator) -> tuple[Ints, Ints]:
+def _reordered(problem: Problem, plan: Plan) -> Found:
+    order_T, score = best_scored(problem, plan.device_G)
+    own = Evaluator(problem).score(plan.device_G, plan.order_T)
+    return Found(plan.device_G, order_T, score) if _better(score, own) else Found(plan.device_G, plan.order_T, own)
+
+
+def _random_start(problem: Problem, random: np.random.Generator) -> Found:
     device_G = np.array([random.choice(np.flatnonzero(row)) for row in tables(problem).allowed_GD], dtype=np.int64)
-    return device_G, best_scored(problem, device_G)[0]
+    return Found(device_G, *best_scored(problem, device_G))
+
+
+def problem_arrays(problem: Problem, movable: list[int]) -> tuple[object, ...]:
+    """What `anneal` takes after the plans."""
+    made = tables(problem)
+    row_G = pipeline_order(problem)
+    source_G = problem.group_T[np.repeat(problem.producer_K, np.diff(problem.first_use_K1))]
+    pairs = np.stack([source_G, problem.group_T[problem.uses_C]], axis=1)
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+    near = np.unique(np.concatenate([pairs, pairs[:, ::-1]]), axis=0).reshape(-1, 2)
+    group_H, allowed_H = np.nonzero(made.allowed_GD)
+    return (
+        np.array(movable or [0], dtype=np.int64),
+        np.searchsorted(group_H, np.arange(problem.groups + 1)).astype(np.int64),
+        allowed_H.astype(np.int64),
+        made.allowed_GD,
+        np.searchsorted(near[:, 0], np.arange(problem.groups + 1)).astype(np.int64),
+        np.ascontiguousarray(near[:, 1]),
+        row_G,
+        np.argsort(row_G),
+        made.first_task_G1,
+        made.tasks_T,
+        made.seconds_GD,
+        problem.resident_bytes_G,
+        problem.memory_bytes_D,
+        problem.group_T,
+        problem.scratch_bytes_T,
+        made.first_read_T1,
+        made.read_X,
+        problem.producer_K,
+        problem.seconds_TD,
+        least_seconds_after(problem),
+        made.first_made_T1,
+        made.made_K,
+        problem.bytes_K,
+        problem.first_use_K1,
+        problem.uses_C,
+        problem.latency_s_DD,
+        problem.bytes_per_s_DD,
+        problem.wire_DD,
+    )

@@ -7,6 +7,9 @@ stages for one microbatch and M - 1 times the slowest stage. Without microbatche
 
 from __future__ import annotations
 
+import bisect
+import itertools
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,13 +56,16 @@ def pipeline(problem: Problem, *, budget_s: float, seed: int) -> Plan:
     pinned_G = pinned_devices(problem)
     if (pinned_G >= 0).all():
         return finish(problem, pinned_G, "pipeline", "hints place every group")
+    deadline = time.monotonic() + budget_s
     found: list[tuple[float, tuple[int, ...], Ints]] = []
     for strict in (True, False):  # what the estimate of memory refuses may fit all the same
-        chain = _chain(problem, pinned_G)
+        chain = chain_of(problem, pinned_G)
         for devices in device_sequences(problem, _SEQUENCES):
             value, places = best_ranges(problem, chain, devices, memory=strict)
             if np.isfinite(value):
                 found.append((value, devices, _placement(chain, devices, places, pinned_G)))
+            if time.monotonic() > deadline:
+                break
         if found:
             break
     if not found:
@@ -84,14 +90,20 @@ def best_ranges(
     """
     microbatches = tables(problem).microbatches
     stage_SNN = np.stack([_stage_seconds(problem, chain, devices, s, memory) for s in range(len(devices))])
-    pairs = list(zip(devices, devices[1:], strict=False))
+    pairs = list(itertools.pairwise(devices))
     there_SN = [_wire_seconds(problem, chain.forward_tensors_N, chain.forward_bytes_N, a, b) for a, b in pairs]
     back_SN = [_wire_seconds(problem, chain.backward_tensors_N, chain.backward_bytes_N, b, a) for a, b in pairs]
     first_SN = np.array([np.zeros(len(chain.cuts_N)), *(t + b for t, b in zip(there_SN, back_SN, strict=True))])
     slowest_SN = np.array([np.zeros(len(chain.cuts_N)), *map(np.maximum, there_SN, back_SN)])
     best: tuple[float, list[int]] = (float("inf"), [])
     least = _divide(stage_SNN, first_SN, slowest_SN, np.inf)[0] / microbatches
-    for bound in _bounds(stage_SNN, slowest_SN, microbatches):
+    if not np.isfinite(least):
+        return best
+    every = np.unique(np.concatenate([stage_SNN[np.isfinite(stage_SNN)], slowest_SN.ravel()]))
+    # What a bound allows, a higher one allows, too: the search begins at the least that allows anything.
+    first = bisect.bisect_left(every, True, key=lambda b: np.isfinite(_divide(stage_SNN, first_SN, slowest_SN, b)[0]))
+    bounds = every[first:] if microbatches > 1 else np.array([np.inf])
+    for bound in bounds[np.unique(np.linspace(0, len(bounds) - 1, _BOUNDS).astype(int))]:
         turns_s = (microbatches - 1) / microbatches * bound if microbatches > 1 else 0.0
         if turns_s + least >= best[0]:
             break
@@ -118,20 +130,6 @@ def _divide(stage_SNN: Floats, first_SN: Floats, slowest_SN: Floats, bound_s: fl
     return float(least_N[-1]), way[::-1]
 
 
-def _bounds(stage_SNN: Floats, slowest_SN: Floats, microbatches: int) -> Floats:
-    """What the slowest stage or wire may be, rising; of too many, some evenly between the least and the largest."""
-    if microbatches == 1:
-        return np.array([np.inf])
-    every = np.unique(np.concatenate([stage_SNN[np.isfinite(stage_SNN)], slowest_SN[np.isfinite(slowest_SN)]]))
-    stages = len(stage_SNN)
-    total = np.array([stage_SNN[s][0, -1] for s in range(stages)])
-    if len(every) <= _BOUNDS or not np.isfinite(total).all():
-        return every
-    least = 1 / (1 / total).sum()
-    every = every[np.searchsorted(every, least * (1 - 1e-9)) :]
-    return every[np.unique(np.linspace(0, len(every) - 1, _BOUNDS).astype(int))] if len(every) > _BOUNDS else every
-
-
 def _stage_seconds(problem: Problem, chain: Chain, devices: tuple[int, ...], stage: int, memory: bool) -> Floats:
     """What a range takes a step as this stage, by its two places; infinite where it is empty or does not fit."""
     device = devices[stage]
@@ -152,7 +150,8 @@ def _wire_seconds(problem: Problem, tensors_N: Floats, bytes_N: Floats, source: 
     return np.asarray(np.where(tensors_N > 0, tensors_N * link[0], 0.0) + bytes_N / link[1])
 
 
-def _chain(problem: Problem, pinned_G: Ints) -> Chain:
+def chain_of(problem: Problem, pinned_G: Ints) -> Chain:
+    """The groups that no hint pins (-1 in `pinned_G`), in the order of the forward pass, with their sums."""
     made = tables(problem)
     order = pipeline_order(problem)
     order = order[pinned_G[order] < 0]

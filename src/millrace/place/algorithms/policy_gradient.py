@@ -84,7 +84,7 @@ def policy_gradient(problem: Problem, *, budget_s: float, seed: int) -> Plan:
         for n, choice in enumerate(chosen_NG.numpy()):
             device_G = np.empty(problem.groups, dtype=np.int64)
             device_G[row] = choice
-            score = evaluator.reset(device_G, list_order(problem, device_G))
+            score = evaluator.score(device_G, list_order(problem, device_G))
             best = min(best, (score.over_bytes, score.step_s, device_G), key=lambda found: found[:2])
             costs[n] = _cost(problem, score)
         unit_s = unit_s or float(costs.mean())
@@ -107,7 +107,7 @@ def _cost(problem: Problem, score: Score) -> float:
 
 
 def _features(problem: Problem) -> Floats:
-    """What the policy knows of each group: seconds by device, bytes, and traffic with groups before and after: [G, F]."""
+    """What the policy knows of each group: seconds by device, bytes, traffic with the groups around it: [G, F]."""
     made = tables(problem)
     seconds_GD = np.where(made.allowed_GD, made.seconds_GD, 0.0)
     source_G = problem.group_T[np.repeat(problem.producer_K, np.diff(problem.first_use_K1))]

@@ -1,0 +1,77 @@
+"""`fit` over several worker processes: the same training, saved and resumed alike; errors that say what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.small import cross_entropy, labelled, mlp
+from torch import nn
+
+import millrace
+from millrace.errors import PlacementError, SettingError
+from millrace.place.cluster import Cluster, Device, Link
+
+QUIET: dict[str, Any] = {"compile": "eager", "progress": False, "run_dir": False}
+BATCHES = [labelled(8, seed=seed) for seed in range(5)]
+RATES = {"product": 1e9, "convolution": 1e9, "attention": 1e9, "memory": 1e9}
+TWO = Cluster(
+    tuple(Device(f"/host:0/cpu:{i}", "cpu", 1 << 30, RATES, 1e-6) for i in range(2)), (Link("*", "*", 1e-5, 1e9),)
+)
+APART = {"0": "cpu:0", "2": "cpu:1"}
+
+
+def trained(**settings: Any) -> nn.Module:
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    millrace.fit(model, BATCHES, loss=cross_entropy, optimizer=optimizer, **{"epochs": 2, **QUIET, **settings})
+    return model
+
+
+def same(one: nn.Module, other: nn.Module, **tolerance: float) -> None:
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(value, other.state_dict()[name], **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+def test_two_devices_train_as_one_does() -> None:
+    expected = trained()
+    same(trained(devices=TWO, placement=APART), expected)
+    same(trained(devices=TWO, placement=APART, microbatches=2), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_number_of_devices_means_workers_of_this_machine() -> None:
+    same(trained(devices=2), trained())
+
+
+def test_validation_checkpoints_and_resuming_see_the_devices_weights(tmp_path: Path) -> None:
+    def run(**settings: Any) -> nn.Module:
+        return trained(validation=BATCHES[:2], run_dir=tmp_path / "run", devices=TWO, placement=APART, **settings)
+
+    whole = trained(epochs=4, validation=BATCHES[:2])
+    run(epochs=2)
+    same(run(epochs=4, resume=True), whole)
+    last = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    assert last.name == "step-00000020"
+
+
+def test_the_last_smaller_batch_is_trained_on_as_well() -> None:
+    data = tuple(torch.cat(parts) for parts in zip(*BATCHES, strict=True))
+    settings: dict[str, Any] = {"loss": cross_entropy, "epochs": 1, "batch_size": 16, **QUIET}
+    models = [mlp(), mlp()]
+    for model, more in zip(models, ({}, {"devices": TWO, "placement": APART, "microbatches": 4}), strict=True):
+        millrace.fit(model, data, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), **settings, **more)
+    same(models[0], models[1], rtol=1e-9, atol=1e-9)
+
+
+def test_settings_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(SettingError, match="devices=2"):
+        trained(microbatches=2)
+    with pytest.raises(SettingError, match="how many workers"):
+        trained(devices=0)
+    gpu = Cluster((Device("/host:0/gpu:0", "cuda", 1 << 30, RATES),))
+    with pytest.raises(PlacementError, match="CPU workers of one machine"):
+        trained(devices=gpu)
+    with pytest.raises(PlacementError, match="fits no module path"):
+        trained(devices=TWO, placement={"encoder": "cpu:0"})
