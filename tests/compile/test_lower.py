@@ -8,12 +8,14 @@ import torch
 from hypothesis import given, settings
 from tests.compile.steps import BATCH, fresh, step_graph
 from tests.graph.programs import Program, programs
-from torch import Tensor
+from torch import Tensor, nn
 
 from millrace.compile.eager import compile_eager
 from millrace.compile.lower import lowered
+from millrace.compile.tiered import Runner
 from millrace.graph.graph import Graph
 from millrace.graph.trace import trace
+from millrace.graph.training import training_graph
 
 
 def run_lowered(graph: Graph, variables: list[Tensor], feeds: list[Tensor]) -> list[Tensor]:
@@ -86,3 +88,16 @@ def test_powers_of_a_count_are_worked_out_once() -> None:
     (found,) = run_lowered(graph, [t.clone() for t in start.values()], feeds)
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
     torch.testing.assert_close(found[:2], expected[:2], rtol=1e-12, atol=0)
+
+
+def test_a_factor_of_a_sum_survives_the_compiler() -> None:
+    """Weight decay of `torch.optim.SGD` is such a factor, and its sum follows a matrix product."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    graph = training_graph(model, lambda m, x: m(x).square().mean(), sgd, torch.randn(8, 16))
+    assert any("alpha" in node.kwargs for node in graph.nodes)
+    said: list[str] = []
+    runner = Runner(graph, "inductor", said.append)
+    runner(fresh(graph), [torch.randn(8, 16)])
+    assert runner.tier == "inductor", said

@@ -14,6 +14,7 @@ from tests.place.problems import Builder, big_embedding, branchy, chain, problem
 from millrace.errors import PlacementError
 from millrace.place.algorithms.auto import auto
 from millrace.place.algorithms.exact import exact
+from millrace.place.algorithms.exact_model import ExactModel
 from millrace.place.algorithms.expert import expert
 from millrace.place.algorithms.hints_only import hints_only
 from millrace.place.algorithms.pipeline import best_ranges, chain_of, pipeline
@@ -108,6 +109,26 @@ def test_exact_is_the_best_of_all_plans(problem: Problem) -> None:
         assert step_s <= best_s * (1 + 2e-5)
     bound_s = float(plan.note.split("less than ")[1].split(" ms")[0]) / 1e3
     assert bound_s <= best_s * (1 + 1e-3)  # four digits are printed
+
+
+@given(problems(groups=4, tasks=6, devices=2), st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_the_integer_program_bounds_the_best_and_reaches_it_where_wires_are_fast(problem: Problem, fast: bool) -> None:
+    apart = ~np.eye(problem.devices, dtype=bool)
+    if fast:
+        problem.latency_s_DD[apart], problem.bytes_per_s_DD[apart] = 1e-9, 1e12
+    best_s = best_step_seconds(problem, list(topological_orders(problem)))
+    model = ExactModel(problem, 2 * best_s)
+    for one, other in itertools.combinations(range(problem.tasks), 2):
+        model.separate(one, other)
+    readers = [problem.group_T[problem.uses_C[first:last]] for first, last in itertools.pairwise(problem.first_use_K1)]
+    for one, other in itertools.combinations([k for k, groups in enumerate(readers) if len(groups)], 2):
+        if problem.devices > 1 and not fast:
+            model.separate_transfers((one, int(readers[one][0])), (other, int(readers[other][-1])))
+    bound_s, _, _ = model.solve(5.0)
+    assert bound_s <= best_s * (1 + 1e-5)
+    if fast:
+        assert bound_s == pytest.approx(best_s, rel=1e-3)
 
 
 def test_exact_proves_what_it_finds() -> None:

@@ -101,7 +101,7 @@ def test_hints_decide() -> None:
     for name, device in found.items():
         if name.startswith("left"):
             assert device == "/host:0/cpu:1"
-        if name.startswith("right.2"):
+        if name.startswith("right.2 on"):
             assert device == "/host:0/cpu:2"
         if name.startswith("head"):
             assert device == "/host:0/cpu:0"

@@ -65,6 +65,21 @@ def test_the_last_smaller_batch_is_trained_on_as_well() -> None:
     same(models[0], models[1], rtol=1e-9, atol=1e-9)
 
 
+def wide() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 128), nn.Tanh(), nn.Linear(128, 96), nn.Tanh(), nn.Linear(96, 3)).double()
+
+
+def test_blocks_of_layers_train_on_devices_of_their_own() -> None:
+    settings: dict[str, Any] = {"loss": cross_entropy, "epochs": 2, **QUIET}
+    apart = {f"{layer}.block {i}": f"cpu:{i}" for layer in (0, 2) for i in range(2)}
+    models = [wide(), wide()]
+    more: list[dict[str, Any]] = [{}, {"devices": TWO, "placement": apart, "partitions": 2}]
+    for model, extra in zip(models, more, strict=True):
+        millrace.fit(model, BATCHES, optimizer=millrace.optim.adam(0.01), **settings, **extra)
+    same(models[0], models[1], rtol=1e-9, atol=1e-11)
+
+
 def test_settings_that_do_not_go_together_are_refused() -> None:
     with pytest.raises(SettingError, match="devices=2"):
         trained(microbatches=2)

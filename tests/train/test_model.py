@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 from millrace.data.images import image_folder, read_image
@@ -160,6 +161,29 @@ def test_training_again_goes_on(folder: Path) -> None:
     assert losses == sorted(losses, reverse=True)
     steps = described(folder).train(steps=5, **QUIET).steps
     assert steps == 5
+
+
+def test_partitions_train_as_one_piece_does(folder: Path, tmp_path: Path) -> None:
+    losses, states = [], []
+    for partitions in (1, 4):
+        m = Model(num_partitions=partitions)
+        images = m.image_input(folder, rows=6, cols=5)
+        seen = m.max_pool(m.convolution(images, 64))
+        m.softmax(m.relu_layer(m.relu_layer(seen, 96), 65), num_classes=3, labels=images.labels)
+        run = tmp_path / str(partitions)
+        losses.append(m.train(epochs=2, compile="eager", progress=False, run_dir=run).evaluation["loss"])
+        states.append(state(m.module))
+        names = load_file(next(run.rglob("variables.safetensors")))
+        divided = {name.partition("[")[0] for name in names if "[" in name and "/" not in name}
+        assert divided == (set() if partitions == 1 else {f"{x}.{p}" for x in WIDE for p in ("weight", "bias")})
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for one, other in zip(*states, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4)
+    with pytest.raises(SettingError, match="partitions was 4"):
+        m.train(epochs=3, compile="eager", progress=False, run_dir=run, resume=True, partitions=2)
+
+
+WIDE = ("convolution.convolution", "relu_layer.linear", "relu_layer_2.linear")
 
 
 def test_the_number_of_partitions_is_kept_with_the_run(folder: Path, tmp_path: Path) -> None:

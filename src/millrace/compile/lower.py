@@ -35,6 +35,8 @@ def lowered(graph: Graph) -> tuple[GraphModule, list[Tensor]]:
             _power_as_exponential(module, node)
         elif node.target is aten.addmm.default:
             _bias_apart(module, node)
+        elif node.target in (aten.add.Tensor, aten.sub.Tensor) and "alpha" in node.kwargs:
+            _factor_apart(module, node)
     constants = _constants_as_inputs(module)
     module.graph.lint()
     module.recompile()
@@ -58,6 +60,24 @@ def _power_as_exponential(module: GraphModule, node: Node) -> None:
         power = module.graph.call_function(aten.exp.default, (product,))
     power.meta["val"] = product.meta["val"] = value
     node.replace_all_uses_with(power)
+    module.graph.erase_node(node)
+
+
+def _factor_apart(module: GraphModule, node: Node) -> None:
+    """Write `add(a, b, alpha=c)` as `add(a, mul(b, c))`.
+
+    Where `a` is a matrix product, Inductor (2.13) puts the sum into the product and loses the factor: the weight decay
+    of `torch.optim.SGD` came out as one.
+    """
+    first, second = node.args
+    with module.graph.inserting_before(node):
+        scaled = module.graph.call_function(aten.mul.Tensor, (second, node.kwargs["alpha"]))
+        total = module.graph.call_function(node.target, (first, scaled))  # type: ignore[arg-type]
+    value = second.meta.get("val") if isinstance(second, Node) else None
+    if isinstance(value, Tensor):
+        scaled.meta["val"] = value
+    total.meta = dict(node.meta)
+    node.replace_all_uses_with(total)
     module.graph.erase_node(node)
 
 

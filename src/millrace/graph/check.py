@@ -9,6 +9,8 @@
 6. The output lists the fetches in order, then the updates in order; every one is a tensor.
 7. An update names a variable and has that variable's shape and dtype.
 8. Names: variables, feeds and nodes are unique.
+9. Blocks are numbered from 0. The parts of a split variable follow each other from 0 without a gap, and each variable
+   is as long as its part says.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from millrace.graph.signature import TensorSpec
 
 def check(graph: Graph) -> Graph:
     """Return the graph if every invariant holds. Raises GraphError listing what does not."""
-    problems = [*_inputs(graph), *_nodes(graph), *_outputs(graph), *_names(graph)]
+    problems = [*_inputs(graph), *_nodes(graph), *_outputs(graph), *_names(graph), *_parts(graph)]
     if problems:
         listed = "\n  ".join(problems[:20])
         raise GraphError(f"{len(problems)} broken invariant(s) in the graph:\n  {listed}")
@@ -86,6 +88,8 @@ def _computing(node: Node) -> Iterator[str]:
         yield f"{node.name} calls {target!r}, which is not an operator"
     if INFO not in node.meta:
         yield f"{node.name} has no NodeInfo"
+    elif (block := node.meta[INFO].block) is not None and (type(block) is not int or block < 0):
+        yield f"{node.name} is of block {block!r}"
     if "val" not in node.meta:
         yield f"{node.name} has no shape and dtype"
 
@@ -133,3 +137,17 @@ def _names(graph: Graph) -> Iterator[str]:
         for name, count in Counter(names).items():
             if count > 1:
                 yield f"{count} {kind}s are called {name!r}"
+
+
+def _parts(graph: Graph) -> Iterator[str]:
+    ends: dict[str, int] = {}
+    for variable in graph.variables:
+        part = variable.part
+        if part is None:
+            continue
+        shape = variable.spec.shape
+        if not 0 <= part.dim < len(shape) or shape[part.dim] != part.stop - part.start:
+            yield f"variable {variable.name!r} is {variable.spec}, but its part is {part}"
+        if part.start != ends.get(part.whole, 0):
+            yield f"{variable.name!r} begins at {part.start}, the parts of {part.whole!r} before it end elsewhere"
+        ends[part.whole] = part.stop

@@ -83,7 +83,7 @@ def _encode_node(node: Node) -> Document:
     if "val" in node.meta and node.op != "output":
         entry["val"] = encode(node.meta["val"])
     if INFO in node.meta:
-        entry["info"] = asdict(node.meta[INFO])
+        entry["info"] = {k: v for k, v in asdict(node.meta[INFO]).items() if v is not None}
     return entry
 
 

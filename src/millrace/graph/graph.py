@@ -31,12 +31,14 @@ class NodeInfo:
     phase: forward, backward or update.
     variable: for an update node, the owner of the variables that it leads to ("*" when it serves several).
     line: the user's source line, "file.py:12 in forward", or "" when unknown.
+    block: which block of a split layer it computes; None for a node of no block, as those that join blocks are.
     """
 
     scope: str = ""
     phase: Phase = Phase.FORWARD
     variable: str = ""
     line: str = ""
+    block: int | None = None
 
 
 @dataclass(frozen=True)

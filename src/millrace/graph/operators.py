@@ -10,6 +10,7 @@ import torch
 import torch._higher_order_ops  # registers cond, scan, map and their kin
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
+import millrace.graph.checked_index
 import millrace.graph.random  # noqa: F401  registers millrace.uniform
 from millrace.errors import GraphError
 

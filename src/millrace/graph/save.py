@@ -25,7 +25,7 @@ from millrace.files import replace_bytes
 from millrace.graph.check import check
 from millrace.graph.encoding import Document, decode_module, empty, encode_module
 from millrace.graph.graph import Graph
-from millrace.graph.signature import Feed, Role, TensorSpec, Variable
+from millrace.graph.signature import Feed, Part, Role, TensorSpec, Variable
 
 FORMAT = "millrace-graph"
 VERSION = "1"
@@ -95,7 +95,7 @@ def graph_digest(graph: Graph) -> str:
 def _encode(graph: Graph) -> tuple[Document, dict[str, Tensor]]:
     constants: dict[str, Tensor] = {}
     signature = {
-        "variables": [{**asdict(v), "spec": _encode_spec(v.spec)} for v in graph.variables],
+        "variables": [_encode_variable(v) for v in graph.variables],
         "feeds": [{"name": f.name, "spec": _encode_spec(f.spec)} for f in graph.feeds],
         "fetches": dict(graph.fetches),
         "updates": dict(graph.updates),
@@ -110,7 +110,8 @@ def _decode(document: Document, tensors: Mapping[str, Tensor]) -> Graph:
     return Graph(
         module=decode_module(module, _restored(module, tensors, "")),
         variables=tuple(
-            Variable(v["name"], _decode_spec(v["spec"]), Role(v["role"]), v["owner"]) for v in signature["variables"]
+            Variable(v["name"], _decode_spec(v["spec"]), Role(v["role"]), v["owner"], _decode_part(v.get("part")))
+            for v in signature["variables"]
         ),
         feeds=tuple(Feed(f["name"], _decode_spec(f["spec"])) for f in signature["feeds"]),
         fetches=signature["fetches"],
@@ -118,6 +119,18 @@ def _decode(document: Document, tensors: Mapping[str, Tensor]) -> Graph:
         feed_tree=signature["feed_tree"],
         steps=signature["steps"],
     )
+
+
+def _encode_variable(variable: Variable) -> Document:
+    document = {**asdict(variable), "spec": _encode_spec(variable.spec)}
+    # Left out where there is none, so that graphs that are not split have the digests that they always had.
+    return {key: value for key, value in document.items() if value is not None}
+
+
+def _decode_part(document: Document | None) -> Part | None:
+    if document is None:
+        return None
+    return Part(document["whole"], document["dim"], document["start"], document["stop"])
 
 
 def _encode_spec(spec: TensorSpec) -> Document:

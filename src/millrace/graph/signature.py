@@ -57,17 +57,29 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Where a variable that is a block of a larger one lies in it: `start` to `stop` along `dim`."""
+
+    whole: str  # the larger variable's name
+    dim: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class Variable:
     """One named tensor that lives from step to step.
 
     `owner` is the parameter that an optimizer's slot belongs to ("fc.weight" for
-    "optimizer/fc.weight/exp_avg"), otherwise the variable's own name.
+    "optimizer/fc.weight/exp_avg"), otherwise the variable's own name. `part`: of which larger variable it is a block,
+    after `passes.splitting`.
     """
 
     name: str
     spec: TensorSpec
     role: Role
     owner: str
+    part: Part | None = None
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,8 @@ class _Printer:
         """The node's line, and below it the subgraphs that it runs."""
         arrow = "".join(f"  -> {v}" for v in self.updated.get(node.name, ())) if module is self.graph.module else ""
         line = f"  # {info(node).line}" if self.lines and info(node).line else ""
-        yield f"{indent}%{node.name} = {self.call(node)}  : {self.value(node.meta.get('val'))}{arrow}{line}"
+        block = "" if info(node).block is None else f"  | block {info(node).block}"
+        yield f"{indent}%{node.name} = {self.call(node)}  : {self.value(node.meta.get('val'))}{arrow}{block}{line}"
         for argument in node.all_input_nodes:
             if argument.op == "get_attr":
                 inner = attribute(module, str(argument.target))
@@ -191,6 +192,8 @@ def operator_label(target: Any) -> str:
 def _heading(node: Node) -> str:
     known = info(node)
     owner = known.variable.replace(SHARED, "(shared)") if known.phase is Phase.UPDATE else known.scope
+    if known.phase is Phase.UPDATE and known.block is not None:
+        owner = owner.rpartition("[")[0] or owner  # blocks of one variable stand under one heading
     return f"{known.phase} {owner}".rstrip()
 
 

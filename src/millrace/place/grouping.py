@@ -16,10 +16,11 @@ from torch.fx import Node
 
 from millrace.graph.graph import Graph, info
 from millrace.graph.passes.microbatch import MICROBATCH
-from millrace.graph.scopes import SHARED, cut, scope_of
+from millrace.graph.scopes import cut
 from millrace.graph.signature import Phase
+from millrace.place.paths import path_of
 
-STEP = "step"  # the group of what belongs to no module: the loss, and what all updates share
+STEP = "step"  # the group of what belongs to no module: what all updates share
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def group(
         limit: how many groups there may be, where labels and modules on the top do not make more.
         like: the grouping of another graph of the same step, whose groups these are to be.
     """
-    keys = {node: (_path(_producer(node)), label(_producer(node))) for node in graph.nodes}
+    paths = _paths(graph)
+    keys = {node: (paths[_producer(node)], label(_producer(node))) for node in graph.nodes}
     if like is None:
         weights: dict[str, float] = {}
         for node, (path, _) in keys.items():
@@ -124,13 +126,27 @@ def _divided(weights: Mapping[str, float], limit: int) -> dict[str, str]:
                 depth[path] += 1
 
 
-def _path(node: Node) -> str:
-    """The module of a node, with the block where a layer was split."""
-    scope = scope_of(node)
-    if scope in ("", SHARED):
-        scope = STEP
-    block = getattr(info(node), "block", None)
-    return scope if block is None else f"{scope}.block {block}"
+def _paths(graph: Graph) -> dict[Node, str]:
+    """The module of every node, with the block where a layer was split.
+
+    What runs outside of all modules (a loss) belongs to the module whose results it reads, or else to the one that
+    reads it; an update to the module that computes with the variable, which may be one around the variable's owner.
+    """
+    found = {node: path_of(node) for node in graph.nodes}
+    computing = {path for node, path in found.items() if path and info(node).phase is not Phase.UPDATE}
+    position = {node: index for index, node in enumerate(found)}
+    for node in found:
+        if info(node).phase is Phase.UPDATE:
+            while found[node] not in computing and "." in found[node]:
+                found[node] = found[node].rpartition(".")[0]
+        elif not found[node]:
+            sources = [a for a in node.all_input_nodes if found.get(a)]
+            if sources:
+                found[node] = found[max(sources, key=position.__getitem__)]
+    for node in reversed(list(found)):
+        if not found[node] and info(node).phase is not Phase.UPDATE:
+            found[node] = next((found[user] for user in node.users if found.get(user)), "")
+    return {node: path or STEP for node, path in found.items()}
 
 
 def _tasks(graph: Graph, group_of: Mapping[Node, int], names: Sequence[str]) -> tuple[Task, ...]:

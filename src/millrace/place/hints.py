@@ -13,10 +13,10 @@ from torch.fx import Node
 
 from millrace.errors import PlacementError
 from millrace.graph.graph import Graph, info
-from millrace.graph.scopes import scope_of
 from millrace.graph.signature import Phase
 from millrace.place.cluster import Cluster
 from millrace.place.grouping import Grouping
+from millrace.place.paths import path_of
 
 _KINDS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda"}
 _BACKENDS = {"cpu": "CPU", "cuda": "CUDA"}
@@ -25,6 +25,7 @@ _BACKENDS = {"cpu": "CPU", "cuda": "CUDA"}
 @dataclass(frozen=True)
 class Hints:
     """A user's wishes. `*` in a pattern stands for anything; a pattern also means what is inside the modules it names.
+    The blocks of a split layer are its submodules "block 0", "block 1", ….
 
     Devices are written as in the cluster ("/host:0/gpu:1", "gpu:1"), or as a kind ("cpu", "gpu") for any of that kind.
 
@@ -54,7 +55,7 @@ class Demand:
 
 def label_of(node: Node, hints: Hints) -> str:
     """What keeps a node apart from, or together with, others in groups; "" where the hints do not say."""
-    path = scope_of(node)
+    path = path_of(node)
     for patterns in hints.together:
         if any(_inside(path, pattern) for pattern in patterns):
             return " + ".join(patterns)
@@ -64,7 +65,7 @@ def label_of(node: Node, hints: Hints) -> str:
 
 def demands_of(node: Node, hints: Hints) -> list[Demand]:
     """What the hints say of one node."""
-    path, known = scope_of(node), info(node)
+    path, known = path_of(node), info(node)
     found = [
         Demand(device, f"module {path!r} matches {pattern!r}, which is to be on {device}")
         for pattern, device in hints.modules.items()
@@ -152,7 +153,7 @@ def _inside(path: str, pattern: str) -> bool:
 
 def _refuse_idle(graph: Graph, hints: Hints) -> None:
     """A hint that fits nothing is a misspelt one."""
-    paths = {scope_of(node) for node in graph.nodes} - {""}
+    paths = {path_of(node) for node in graph.nodes} - {""}
     owners = {info(node).variable for node in graph.nodes if info(node).phase is Phase.UPDATE}
     targets = {str(node.target) for node in graph.nodes}
     _check("module path", [*hints.modules, *(p for group in hints.together for p in group)], paths, _inside)

@@ -47,9 +47,7 @@ class ProcessWorkers:
     worker may not take more for its data than the device's memory; asking for more is then an error of the step.
     """
 
-    def __init__(
-        self, devices: Sequence[Device], *, imports: Sequence[str] = (), hold_to_memory: bool = False
-    ) -> None:
+    def __init__(self, devices: Sequence[Device], *, imports: Sequence[str] = (), hold_to_memory: bool = False) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="millrace-workers-")  # only this user may enter it
         self.directory = Path(self._temporary.name)
         self._children: dict[str, subprocess.Popen[bytes]] = {}

@@ -16,9 +16,11 @@ from millrace.data.batches import START, Batches
 from millrace.data.iterables import OnceBatches
 from millrace.data.sources import as_batches
 from millrace.errors import DataError, SettingError, did_you_mean
+from millrace.graph.passes.splitting.split import split
 from millrace.graph.training import Loss, UpdateRule, training_graph
 from millrace.optim.optimizer import Optimizer
 from millrace.train.callbacks import Callback, CallbackList
+from millrace.train.devices import session_for
 from millrace.train.evaluation import Evaluator
 from millrace.train.journal import Journal
 from millrace.train.plan import Plan, PlanSettings
@@ -47,7 +49,7 @@ def fit(
     The step is traced once into a graph, runs eagerly at once and compiled as soon as Inductor is done. A run
     directory keeps settings, metrics, events for TensorBoard and checkpoints. Ctrl-C ends the run after the present
     step and saves; `resume=True` with the same `run_dir` goes on bit for bit, given the same model, data and optimizer;
-    `seed`, `accumulate` and `precision` stay those of the run, all other settings may change.
+    `seed`, `accumulate`, `precision` and `partitions` stay those of the run, all other settings may change.
 
     Args:
         model: any `nn.Module`.
@@ -65,6 +67,10 @@ def fit(
         precision: "float32" or "bfloat16" (autocast).
         schedule: step -> factor on the learning rates of a `torch.optim` optimizer (`millrace.optim` has its own).
         accumulate: update on the mean gradient of this many steps.
+        partitions: divide wide layers into so many blocks (`graph.passes.splitting`), which all run on `device`.
+        devices: how many worker processes of this machine to divide the graph over, or a `Cluster` of them. None: train
+            in this process. placement: wishes, such as {"encoder.*": "cpu:0"}; see `millrace.place.hints.Hints`.
+            microbatches: into how many parts to divide each batch, so that the devices work at the same time.
         steps_per_call: run this many steps in one compiled call (for small models).
         seed: of the data's order and of the step's random numbers (not of the model's initial weights).
         evaluate_every, checkpoint_every: in steps; by default at the end of every epoch.
@@ -110,16 +116,20 @@ def fit(
         evaluator = Evaluator(model, loss, precision=plan.precision, compile=plan.compile, say=progress.message)
         trainer = Trainer(
             plan,
-            lambda batch: training_graph(
-                model,
-                loss,
-                optimizer,
-                batch,
-                precision=plan.precision,
-                schedule=plan.schedule,
-                accumulate=plan.accumulate,
-                seed=plan.seed,
+            lambda batch: split(
+                training_graph(
+                    model,
+                    loss,
+                    optimizer,
+                    batch,
+                    precision=plan.precision,
+                    schedule=plan.schedule,
+                    accumulate=plan.accumulate,
+                    seed=plan.seed,
+                ),
+                plan.partitions,
             ),
+            lambda graph: session_for(graph, plan, progress.message),
             batches,
             evaluate=None if held_out is None else lambda: evaluator.means(held_out.one_pass()),
             callbacks=CallbackList(callbacks),

@@ -59,8 +59,8 @@ class Model:
     """A classifier of images, described layer by layer.
 
     Args:
-        num_partitions: into how many parts to cut the model, to be run on as many devices. The number is recorded in
-            the model's description and changes nothing yet: a model runs as one piece on one device.
+        num_partitions: into how many blocks to divide each wide layer (of 64 units or channels and more) for training,
+            forward, backward and update alike. The blocks are nodes of one graph, which runs on one device.
         seed: of the initial weights (each layer's follow from its name), of what is held out, and of training.
     """
 
@@ -204,6 +204,7 @@ class Model:
             "optimizer": adam(1e-3),
             "validation": self._examples(pictures.split.held_out) if len(pictures.split.held_out) else None,
             "seed": self.seed,
+            "partitions": self.num_partitions,
         }
         options |= settings | {"config": {"model": self.description} | dict(settings.get("config") or {})}
         return fit(module, self._examples(pictures.split.train), epochs=epochs, **options)

@@ -11,7 +11,7 @@ from millrace.errors import MillraceError
 from millrace.graph.graph import TRAIN
 from millrace.graph.signature import Role
 from millrace.runtime.checkpoint import VARIABLES, Checkpoints
-from millrace.runtime.session import Session
+from millrace.runtime.placed_session import AnySession
 
 _ADVICE = (
     "  What to do: look at that batch and module; lower the learning rate, warm it up, or clip gradients "
@@ -19,7 +19,7 @@ _ADVICE = (
 )
 
 
-def nonfinite_parameter(session: Session) -> str | None:
+def nonfinite_parameter(session: AnySession) -> str | None:
     """The first of the parameters being trained that holds a NaN or an infinity, or None."""
     trained = [v.name for v in session.graph.variables if v.role is Role.PARAMETER and v.name in session.graph.updates]
     if not trained:
@@ -31,7 +31,7 @@ def nonfinite_parameter(session: Session) -> str | None:
 
 
 def explain_nonfinite(
-    session: Session, checkpoints: Checkpoints | None, batches: Batches, step: int, what: str, batch: Any = None
+    session: AnySession, checkpoints: Checkpoints | None, batches: Batches, step: int, what: str, batch: Any = None
 ) -> str:
     """A message that names the first node to make a NaN or an infinity.
 
@@ -60,7 +60,7 @@ def explain_nonfinite(
     return f"{head}.{detail}\n{_ADVICE}{kept}"
 
 
-def _repeat(session: Session, checkpoints: Checkpoints, batches: Batches, step: int) -> tuple[str, int] | None:
+def _repeat(session: AnySession, checkpoints: Checkpoints, batches: Batches, step: int) -> tuple[str, int] | None:
     """The first bad node and its step; ("", step) when all is finite this time; None without a checkpoint."""
     checkpoints.wait()
     if not checkpoints.steps():

@@ -12,6 +12,8 @@ from torch import Tensor
 from millrace.compile.tiered import TIERS
 from millrace.errors import SettingError, did_you_mean
 from millrace.graph.training import PRECISIONS
+from millrace.place.cluster import Cluster
+from millrace.place.hints import Hints
 from millrace.train.early_stopping import EarlyStopping
 
 
@@ -23,6 +25,10 @@ class PlanSettings(TypedDict, total=False):
     precision: str
     schedule: Callable[[Tensor], Tensor] | None
     accumulate: int
+    partitions: int
+    devices: int | Cluster | None
+    placement: Hints | Mapping[str, str] | None
+    microbatches: int
     compile: str
     steps_per_call: int
     seed: int
@@ -39,7 +45,9 @@ class PlanSettings(TypedDict, total=False):
     resume: bool
 
 
-FIXED = ("seed", "accumulate", "precision")  # of a run: resumed, it keeps them
+_INTERVALS = ("evaluate_every", "checkpoint_every", "log_every")
+_COUNTS = ("steps", "epochs", "accumulate", "partitions", "microbatches", "steps_per_call", *_INTERVALS)
+FIXED = ("seed", "accumulate", "precision", "partitions")  # of a run: resumed, it keeps them
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,10 @@ class Plan:
     precision: str = "float32"
     schedule: Callable[[Tensor], Tensor] | None = None
     accumulate: int = 1
+    partitions: int = 1
+    devices: int | Cluster | None = None
+    placement: Hints | Mapping[str, str] | None = None
+    microbatches: int = 1
     compile: str = "tiered"
     steps_per_call: int = 1
     seed: int = 0
@@ -73,8 +85,7 @@ class Plan:
     def __post_init__(self) -> None:
         if self.steps is None and self.epochs is None:
             raise SettingError("fit needs to know when to stop: pass steps=… or epochs=… (or both)")
-        counts = ("steps", "epochs", "accumulate", "steps_per_call", "evaluate_every", "checkpoint_every", "log_every")
-        for name in counts:
+        for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise SettingError(f"{name}={value!r}: expected a whole number of at least 1")
@@ -95,6 +106,12 @@ class Plan:
             raise SettingError("resume=True needs the run to go on with: pass run_dir='runs/…'")
 
     def _check_objects(self) -> None:
+        if not isinstance(self.devices, int | Cluster | None) or isinstance(self.devices, bool) or self.devices == 0:
+            raise SettingError(
+                f"devices={self.devices!r}: expected how many workers to use on this machine, or a Cluster"
+            )
+        if self.devices is None and (self.placement is not None or self.microbatches > 1):
+            raise SettingError("placement=… and microbatches=… are for several devices: pass devices=2, or a Cluster")
         if not isinstance(self.early_stopping, EarlyStopping | None):
             raise SettingError(
                 f"early_stopping={self.early_stopping!r}: expected an EarlyStopping, such as EarlyStopping(patience=3)"

@@ -14,8 +14,8 @@ from millrace.errors import CheckpointError, SettingError, did_you_mean
 from millrace.runtime.checkpoint import VARIABLES, Checkpoint, Checkpoints
 from millrace.runtime.commit import Digest
 from millrace.runtime.manifest import Json
+from millrace.runtime.placed_session import AnySession
 from millrace.runtime.save_nodes import SAVE
-from millrace.runtime.session import Session
 from millrace.runtime.shard import verify
 from millrace.train.early_stopping import StoppingState
 from millrace.train.run_directory import RunDirectory
@@ -43,7 +43,7 @@ class Saver:
     ) -> None:
         self._run = run
         self._monitor, self._keep_best = monitor, keep_best
-        self._session: Session | None = None
+        self._session: AnySession | None = None
         self.checkpoints = Checkpoints(
             run.checkpoints, keep_last=keep_last, keep_best=keep_best, best=mode, write=self._write, read=_only_verify
         )
@@ -65,7 +65,7 @@ class Saver:
         self._last = (place.step, place.evaluated_step)
         return place, found.path / VARIABLES
 
-    def save(self, session: Session, place: Place) -> Path | None:
+    def save(self, session: AnySession, place: Place) -> Path | None:
         """Begin to write a checkpoint, unless this very state was the last to be saved. Returns its directory."""
         if self._last == (place.step, place.evaluated_step):
             return None

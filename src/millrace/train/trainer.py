@@ -15,7 +15,7 @@ from torch import Tensor
 from millrace.data.batches import Batches
 from millrace.errors import FeedError, NonFiniteError
 from millrace.graph.graph import TRAIN, Graph
-from millrace.runtime.session import Session
+from millrace.runtime.placed_session import AnySession
 from millrace.train.callbacks import CallbackList
 from millrace.train.evaluation import examples_in
 from millrace.train.interrupt import Interruptible
@@ -33,14 +33,16 @@ _LONGEST_UNSAVED_S = 600.0  # where no interval is given, an epoch that is long 
 class Trainer:
     """One run. `fit` builds it and calls `run` once.
 
-    make_graph: traces the step for a batch. evaluate: one evaluation, None without validation data. resumed: where to
-    go on, and the file of the variables there; `batches` are at that place already.
+    make_graph: traces the step for a batch. make_session: gets the graph ready to run. evaluate: one evaluation, None
+    without validation data. resumed: where to go on, and the file of the variables there; `batches` are at that place
+    already.
     """
 
     def __init__(
         self,
         plan: Plan,
         make_graph: Callable[[Any], Graph],
+        make_session: Callable[[Graph], AnySession],
         batches: Batches,
         *,
         evaluate: Callable[[], dict[str, float]] | None,
@@ -54,6 +56,7 @@ class Trainer:
         self.plan = plan
         self.directory: Path | None = run.path if run else None
         self._make_graph = make_graph
+        self._make_session = make_session
         self._batches = batches
         self._evaluate_all = evaluate
         self._callbacks = callbacks
@@ -62,7 +65,7 @@ class Trainer:
         self._saver = saver
         self._place = resumed[0] if resumed else Place(0, batches.position())
         self._restored = resumed[1] if resumed else None
-        self._session: Session | None = None
+        self._session: AnySession | None = None
         self._fetches: list[str] = []
         self._signals = Interruptible()
         self._stop = False
@@ -255,6 +258,7 @@ class Trainer:
             return
         try:
             with self._journal.paused():
+                self._pull()
                 values = self._evaluate_all()
         except Exception as error:
             self._save_before_failing(error)
@@ -312,9 +316,9 @@ class Trainer:
 
     # -- beginning and ending ------------------------------------------------------------------------------------
 
-    def _begin(self, batch: Any) -> Session:
+    def _begin(self, batch: Any) -> AnySession:
         graph = self._make_graph(batch)
-        self._session = session = Session(graph, compile=self.plan.compile, say=self._journal.say)
+        self._session = session = self._make_session(graph)
         self._fetches = [name for name in graph.fetches if not name.startswith("gradient/")]
         if self._restored is not None:
             self._restore(session, self._restored)
@@ -328,7 +332,7 @@ class Trainer:
         """Begin without training on anything: a resumed run that first evaluates, or had reached its end already."""
         self._begin(next(self._batches.one_pass()))
 
-    def _restore(self, session: Session, variables: Path) -> None:
+    def _restore(self, session: AnySession, variables: Path) -> None:
         rates = {name: session.read(name) for name in session.variables if name.endswith("/lr")}
         session.restore(variables)
         self._journal.say(f"resumed {self.directory} at step {self.step}")
@@ -343,6 +347,7 @@ class Trainer:
             self._begin_at_rest()  # nothing is left to do, but the weights are wanted all the same
         self._journal.log(self.step)
         self._check_parameters()
+        self._pull()
         if self._signals.asked is None:
             self._evaluate()
         self._save()
@@ -350,14 +355,19 @@ class Trainer:
             self._saver.wait()
         self._announce_checkpoints()
 
+    def _pull(self) -> None:
+        """Have the user's module hold the present weights, wherever they are trained."""
+        if self._session is not None:
+            self._session.pull()
+
     def _close(self, outcome: Outcome) -> list[Exception]:
         """Let go of everything, whatever goes wrong with a part of it; returns what did."""
         problems: list[Exception] = []
         closing: list[Callable[[], None]] = [self._batches.close, self._journal.close]
         if self._saver is not None:
             closing.append(self._saver.wait)  # before the directory is free for others
-        if self._session is not None:
-            closing.append(lambda: self._callbacks.on_end(self, outcome))
+        if (session := self._session) is not None:
+            closing += [lambda: self._callbacks.on_end(self, outcome), session.close]
         if (run := self._run) is not None:
             closing.append(lambda: run.close(outcome, self.step))
         for close in closing:

@@ -31,7 +31,7 @@ def merge_counters(
         if variable.role is not Role.OPTIMIZER or variable.spec.shape or variable.name not in updates:
             continue
         growth = _growth(inputs[variable.name], updates[variable.name])
-        if growth is None:
+        if growth is None or initial[variable.name].is_meta:  # a tensor without a value, traced to look at
             continue
         prefix = variable.name.split("/")[0]
         key = (prefix, variable.spec.dtype, growth, float(initial[variable.name]))

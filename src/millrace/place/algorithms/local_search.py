@@ -28,7 +28,7 @@ _HOT = (0.003, 0.03, 0.1, 0.3)  # temperatures at the beginning of rounds, as pa
 _COLD = 0.0003
 _TRIALS_PER_GROUP = 1000  # in a round, of at least so many trials, and at most so many tasks walked
 _LEAST_TRIALS, _MOST_TASKS = 20_000, 30_000_000
-_CHUNK = 2000  # trials between looks at the clock, for a problem of a thousand tasks
+_CHUNK = 300  # trials between looks at the clock, for a problem of a thousand tasks
 _ROUNDS = 200
 _NEAR = 1.3  # a start is good when it takes at most so many times what the best takes
 _PATIENCE = 20  # rounds without gain
@@ -115,7 +115,7 @@ class _Search:
         price = _OVER / float(self.problem.memory_bytes_D.sum())
         unit_s = start.score.step_s if np.isfinite(start.score.step_s) else 1.0
         device_G, order_T, best = start.device_G.copy(), start.order_T.copy(), start
-        chunk = max(50, int(_CHUNK * 1000 / self.problem.tasks))
+        chunk = max(20, int(_CHUNK * 1000 / self.problem.tasks))
         cold = (_COLD / hot) ** (1 / trials)
         for first in range(0, trials, chunk):
             count = min(chunk, trials - first)

@@ -1,0 +1,1 @@
+"""Wide layers in blocks that are ordinary nodes: `split.split`."""
