@@ -132,7 +132,7 @@ def layers_on(graph: Graph, place: Mapping[str, str]) -> dict[str, str]:
     return {node.name: place.get(scope_of(node).split(".")[0], DEVICES[1]) for node in graph.nodes}
 
 
-def test_a_chain_of_layers_on_two_devices_needs_three_segments_and_two_edges() -> None:
+def test_a_chain_of_layers_on_two_devices_needs_three_segments_and_two_edges_and_the_updates() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -141,7 +141,7 @@ def test_a_chain_of_layers_on_two_devices_needs_three_segments_and_two_edges() -
     partition = cut(graph, greedy_pieces(graph, layers_on(graph, {"0": DEVICES[0], "1": DEVICES[0]})))
     activations = [edge for edge in partition.edges if edge.spec.shape]
     assert [(e.source, e.target) for e in activations] == [DEVICES[:2], DEVICES[1::-1]]
-    assert [len(partition.programs[name].segments) for name in DEVICES[:2]] == [2, 2]  # one more for the learning rate
+    assert [len(partition.programs[name].segments) for name in DEVICES[:2]] == [3, 2]  # the last is the update
     same(graph, partition)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.utils._pytree as pytree
@@ -162,7 +162,8 @@ class _Builder:
         names = [self._feed_of.get(node, node.name) for node in fed]
         whole = Graph(
             module=step_module(self._graph.module, fx),
-            variables=tuple(variables),
+            # Other blocks of the same variable may be elsewhere.
+            variables=tuple(replace(v, part=None) for v in variables),
             feeds=tuple(Feed(n, TensorSpec.of(node.meta["val"])) for n, node in zip(names, fed, strict=True)),
             fetches={value: node.name for value, node in results.items()},
             updates={variable: node.name for variable, node in new_values.items()},

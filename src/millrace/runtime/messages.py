@@ -20,7 +20,7 @@ from torch import Tensor
 from millrace.errors import WorkerError
 
 _LENGTH = struct.Struct("<I")
-_LONGEST_WAIT_S = 86400.0  # of the system, which counts in small integers
+LONGEST_WAIT_S = 86400.0  # of the system, which counts in small integers
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ def send(connection: socket.socket, message: Message, timeout_s: float, who: str
     tensors = {name: tensor.detach().contiguous() for name, tensor in message.tensors.items()}
     described = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()]
     header = json.dumps({"kind": message.kind, "fields": dict(message.fields), "tensors": described}).encode()
-    connection.settimeout(min(timeout_s, _LONGEST_WAIT_S))
+    connection.settimeout(min(timeout_s, LONGEST_WAIT_S))
     try:
         connection.sendall(_LENGTH.pack(len(header)) + header)
         for tensor in tensors.values():
             if tensor.nbytes:
                 connection.sendall(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
     except TimeoutError:
-        raise WorkerError(_silent(who, timeout_s)) from None
+        raise WorkerError(silent(who, timeout_s)) from None
     except OSError:
         raise WorkerError(_gone(who)) from None
 
@@ -84,8 +84,8 @@ def _fill(connection: socket.socket, content: memoryview, deadline_s: float, tim
     while len(content):
         left_s = deadline_s - time.monotonic()
         if left_s <= 0:
-            raise WorkerError(_silent(who, timeout_s))
-        connection.settimeout(min(left_s, _LONGEST_WAIT_S))
+            raise WorkerError(silent(who, timeout_s))
+        connection.settimeout(min(left_s, LONGEST_WAIT_S))
         try:
             count = connection.recv_into(content)
         except TimeoutError:
@@ -97,7 +97,8 @@ def _fill(connection: socket.socket, content: memoryview, deadline_s: float, tim
         content = content[count:]
 
 
-def _silent(who: str, timeout_s: float) -> str:
+def silent(who: str, timeout_s: float) -> str:
+    """What to say of a side that lets one wait."""
     return (
         f"{who} did not answer within {timeout_s:g} s. It may be slow, stuck or stopped. Allow more time by "
         "`timeout_s`, or make the session anew and restore the last checkpoint."

@@ -326,7 +326,11 @@ class PlacedSession:
             for device, each in program.partition.programs.items()
         }
         # A device may wait for another as long as that, and then has to say so.
-        answers = self._workers.ask(messages, self._timeout_s + 2.0)
+        try:
+            answers = self._workers.ask(messages, self._timeout_s + 2.0)
+        except MillraceError:
+            self.close()  # some devices have updated their variables, and some have not
+            raise
         for device, answer in answers.items():
             program.tiers[device] = answer.fields["tiers"]
             for line in answer.fields["said"]:

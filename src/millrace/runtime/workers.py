@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
 import tempfile
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,9 +19,10 @@ from millrace import errors
 from millrace.child_process import start_module
 from millrace.errors import MillraceError, WorkerError
 from millrace.place.cluster import Device
-from millrace.runtime.messages import Message, receive, send
+from millrace.runtime.messages import LONGEST_WAIT_S, Message, receive, send, silent
 
 _START_TIMEOUT_S = 120.0
+_GRACE_S = 3.0  # for the others to answer once one has failed
 
 
 class Workers(Protocol):
@@ -92,15 +95,30 @@ class ProcessWorkers:
                 send(self._connections[device], message, timeout_s, self._name(device))
             except WorkerError as error:
                 failures.append(error)
-        for device in messages:
-            try:
-                answers[device] = receive(self._connections[device], timeout_s, self._name(device))
-            except WorkerError as error:
-                failures.append(self._explained(device, error))
+        waiting = {} if failures else {self._connections[device]: device for device in messages}
+        deadline_s = time.monotonic() + timeout_s
+        while waiting:
+            left_s = max(0.0, deadline_s - time.monotonic())
+            ready, _, _ = select.select(list(waiting), [], [], min(left_s, LONGEST_WAIT_S))
+            for connection in ready or (list(waiting) if left_s == 0.0 else []):
+                device = waiting.pop(connection)
+                try:
+                    if not ready:
+                        raise WorkerError(silent(self._name(device), timeout_s))
+                    answers[device] = receive(connection, timeout_s, self._name(device))
+                except WorkerError as error:
+                    failures.append(self._explained(device, error))
+                if failures or answers[device].kind == "error":  # the others may wait for this one, and long
+                    deadline_s = min(deadline_s, time.monotonic() + _GRACE_S)
+        try:
+            raise_answered(answers)
+        except MillraceError:
+            if failures:  # whoever has not answered is not to be waited for again
+                self.close()
+            raise
         if failures:
             self.close()
             raise failures[0]
-        raise_answered(answers)
         return answers
 
     def close(self) -> None:
