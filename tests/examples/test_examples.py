@@ -144,3 +144,38 @@ def test_the_programs_in_the_documentation_are_those_of_the_examples() -> None:
     links = re.findall(r"\]\(\.\./([^)]+)\)", text)
     assert links
     assert all((ROOT / link).exists() for link in links)
+
+
+def test_two_devices_learn_digits_and_show_their_time(tmp_path: Path) -> None:
+    printed = output("two_devices.py", cwd=tmp_path)
+    accuracy = re.search(r"accuracy ([\d.]+); open", printed)
+    assert accuracy is not None
+    assert float(accuracy[1]) >= 0.85
+    for kind in ("expected", "measured"):
+        events = json.loads((tmp_path / f"timeline.{kind}.json").read_text())["traceEvents"]
+        rows = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
+        assert {"/host:0/cpu:0", "/host:0/cpu:1"} <= rows
+
+
+def test_a_model_too_big_for_one_worker_trains_over_two(tmp_path: Path) -> None:
+    one, told, two = re.split("one worker, told|two workers:", output("too_big_for_one.py", cwd=tmp_path))
+    assert "no: auto found no plan that fits into memory" in one
+    assert "  no: " in told
+    losses = [float(loss) for loss in re.findall(r"\d\.\d{4}", two.split("losses")[1])]
+    assert losses == sorted(losses, reverse=True)
+    assert len(losses) == 3
+
+
+def test_a_cluster_that_one_does_not_have_is_planned_for(tmp_path: Path) -> None:
+    code = f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); import plan_for_a_cluster as p; p.main([], 2, 48)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    steps = [float(ms) for ms in re.findall(r"([\d.]+) ms a step expected", done.stdout)]
+    assert len(steps) == 4
+    assert steps[1] <= steps[0]
+    assert steps[3] <= steps[2]
+    assert (tmp_path / "plan.json").exists()

@@ -12,6 +12,7 @@ from millrace.errors import PlacementError, did_you_mean
 PRODUCT, CONVOLUTION, ATTENTION = "product", "convolution", "attention"
 MEMORY = "memory"  # what moves bytes: elementwise operators, reductions, copies, lookups
 CLASSES = (PRODUCT, CONVOLUTION, ATTENTION, MEMORY)
+SPECIAL = "special"  # what moves bytes, too, but computes exponentials, roots and the like; MEMORY where not given
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,8 @@ class Device:
     """One place where nodes run, one after the other.
 
     name: "/host:0/gpu:1". kind: "cpu" or "cuda", which decides what operators have kernels there.
-    rates: what it reaches, by class of operators: flop/s, or byte/s for "memory". "product.bfloat16" is the rate in
-        one precision, "product" in every other.
+    rates: what it reaches, by class of operators: flop/s, or byte/s for "memory" and "special". "product.bfloat16" is
+        the rate in one precision, "product" in every other.
     dispatch_s: what starting one operator costs. threads: of the worker process that is the device, on a CPU.
     """
 
@@ -38,6 +39,8 @@ class Device:
 
     def rate(self, operators: str, dtype: str) -> float:
         """What it reaches in a class of operators and a precision ("float32")."""
+        if operators == SPECIAL and SPECIAL not in self.rates:
+            operators = MEMORY
         return self.rates.get(f"{operators}.{dtype}", self.rates[operators])
 
 

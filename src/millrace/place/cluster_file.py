@@ -12,11 +12,11 @@ from typing import Any
 
 from millrace.errors import PlacementError, did_you_mean
 from millrace.files import replace_bytes
-from millrace.place.cluster import CLASSES, MEMORY, Cluster, Device, Link
+from millrace.place.cluster import CLASSES, MEMORY, SPECIAL, Cluster, Device, Link
 from millrace.place.presets import preset_device
 
 _PRECISIONS = ("float64", "float32", "bfloat16", "float16")
-RATE_KEYS = [f"{c}.{p}" if p else c for c in CLASSES for p in ("", *_PRECISIONS)]
+RATE_KEYS = [f"{c}.{p}" if p else c for c in (*CLASSES, SPECIAL) for p in ("", *_PRECISIONS)]
 _DEVICE_KEYS = ["name", "count", "like", "kind", "memory_bytes", "dispatch_s", "threads", "rates"]
 _LINK_KEYS = ["source", "target", "latency_s", "bytes_per_s", "shared"]
 _NAME = re.compile(r"/[\w-]+:\d+/[\w-]+:\d+")

@@ -20,7 +20,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from millrace.graph.flops import node_flops
-from millrace.place.cluster import ATTENTION, CONVOLUTION, MEMORY, PRODUCT, Device
+from millrace.place.cluster import ATTENTION, CONVOLUTION, MEMORY, PRODUCT, SPECIAL, Device
 
 aten = torch.ops.aten
 
@@ -36,7 +36,8 @@ class Work:
 
     def seconds(self, device: Device) -> float:
         """How long it takes there."""
-        moving_s = self.moved_bytes / device.rate(MEMORY, self.dtype)
+        moving = self.operators if self.operators == SPECIAL else MEMORY
+        moving_s = self.moved_bytes / device.rate(moving, self.dtype)
         computing_s = self.flops / device.rate(self.operators, self.dtype) if self.flops else 0.0
         return device.dispatch_s + max(moving_s, computing_s)
 
@@ -87,7 +88,18 @@ def _work(nodes: Sequence[Node]) -> Work:
     written = [node for node in nodes if len(nodes) == 1 or any(user not in own for user in _real_users(node))]
     values = [node.meta.get("val") for node in (*read, *written)]
     flops, kind = max((_flops(node), _class(node)) for node in nodes)
-    return Work(kind if flops else MEMORY, flops, tensor_bytes(values), _precision(nodes[-1]))
+    if not flops:
+        kind = SPECIAL if any(_is_special(node) for node in nodes) else MEMORY
+    return Work(kind, flops, tensor_bytes(values), _precision(nodes[-1]))
+
+
+def _is_special(node: Node) -> bool:
+    """Whether the processor computes longer at an element than memory takes to bring it."""
+    name = str(node.target)
+    return any(word in name for word in _SPECIAL)
+
+
+_SPECIAL = ("gelu", "softmax", "tanh", "exp.", "log.", "sigmoid", "silu", "sqrt", "pow", "erf", "div", "uniform")
 
 
 def _flops(node: Node) -> float:

@@ -15,14 +15,16 @@ import torch.nn.functional as F
 from torch import fx
 
 from millrace.child_process import end_with
-from millrace.place.cluster import ATTENTION, CONVOLUTION, MEMORY, PRODUCT
+from millrace.place.cluster import ATTENTION, CONVOLUTION, MEMORY, PRODUCT, SPECIAL
 
 _CHAIN = 200  # tiny operators in the module that dispatch is measured with
-_BEYOND_CACHES_BYTES = 2**27  # a tensor that no processor's caches hold
+_ROWS, _COLUMNS = 2048, 1024  # of what elementwise operators are measured with: 8 MiB, as activations are
 
 
 def measure_device(device: str, budget_s: float) -> dict[str, float]:
-    """Rates (flop/s; byte/s for memory) by class and precision, and "dispatch_s", of "cpu" or "cuda:0" in this process.
+    """Rates by class and precision, and "dispatch_s", of "cpu" or "cuda:0" in this process.
+
+    In flop/s; for memory and special in byte/s.
 
     Every figure is a median of the runs that fit in its share of `budget_s`, of which there are at least three.
     """
@@ -31,6 +33,7 @@ def measure_device(device: str, budget_s: float) -> dict[str, float]:
     with torch.no_grad():
         measured["dispatch_s"] = _median_s(_tiny_operators(device), device, share_s) / _CHAIN
         measured[MEMORY] = _memory_rate(device, share_s)
+        measured[SPECIAL] = _special_rate(device, share_s)
     for dtype in (torch.float32, torch.bfloat16):
         suffix = "" if dtype == torch.float32 else ".bfloat16"
         measured[PRODUCT + suffix] = statistics.median(_product(device, dtype, n, share_s / 2) for n in (512, 1024))
@@ -65,9 +68,27 @@ def _tiny_operators(device: str) -> Callable[[], object]:
 
 
 def _memory_rate(device: str, budget_s: float) -> float:
-    x = torch.ones(_BEYOND_CACHES_BYTES // 4, device=device)
-    out = torch.empty_like(x)
-    return 2 * _BEYOND_CACHES_BYTES / _median_s(lambda: torch.neg(x, out=out), device, budget_s)
+    """Of the operators between products: their results are new tensors, in memory that was used before."""
+    a, b = (torch.randn(_ROWS, _COLUMNS, device=device) for _ in range(2))
+
+    def run() -> None:
+        torch.add(a, b)
+        torch.mul(a, b)
+        a.clone()
+        F.layer_norm(a, (_COLUMNS,))
+
+    return (3 + 3 + 2 + 2) * a.nbytes / _median_s(run, device, budget_s)
+
+
+def _special_rate(device: str, budget_s: float) -> float:
+    a = torch.randn(_ROWS, _COLUMNS, device=device)
+
+    def run() -> None:
+        F.gelu(a, approximate="tanh")
+        torch.softmax(a, -1)
+        torch.sqrt(a)
+
+    return 3 * 2 * a.nbytes / _median_s(run, device, budget_s)
 
 
 def _product(device: str, dtype: torch.dtype, n: int, budget_s: float) -> float:
