@@ -167,7 +167,8 @@ def test_a_model_too_big_for_one_worker_trains_over_two(tmp_path: Path) -> None:
 
 
 def test_a_cluster_that_one_does_not_have_is_planned_for(tmp_path: Path) -> None:
-    code = f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); import plan_for_a_cluster as p; p.main([], 2, 48)"
+    name = "plan_for_a_cluster.py".removesuffix(".py")
+    code = f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); import {name} as plan; plan.main([], 2, 48)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(

@@ -65,7 +65,7 @@ def placed(graph: Graph, *arguments: Any, **settings: Any) -> Placement:
 @given(program=programs, limit=st.integers(1, 12))
 def test_tasks_hold_every_node_once_and_can_run_in_their_order(program: Program, limit: int) -> None:
     graph = program.graph()
-    grouping = group(graph, lambda _: 1.0, lambda node: f" {hash(node.name) % 3}", limit=limit)
+    grouping = group(graph, lambda _: 1.0, lambda node, _: f" {hash(node.name) % 3}", limit=limit)
     seen: set[Any] = set()
     for task in grouping.tasks:
         for node in task.nodes:
@@ -101,7 +101,7 @@ def test_hints_decide() -> None:
     for name, device in found.items():
         if name.startswith("left"):
             assert device == "/host:0/cpu:1"
-        if name.startswith("right.2 on"):
+        if name.startswith("right.2"):
             assert device == "/host:0/cpu:2"
         if name.startswith("head"):
             assert device == "/host:0/cpu:0"

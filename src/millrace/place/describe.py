@@ -15,6 +15,8 @@ from millrace.place.cost import is_free, tensor_bytes, works_of
 from millrace.place.grouping import Grouping, Task
 from millrace.place.problem import Problem
 
+_USABLE = 0.9  # of a device's memory: allocators waste some, and transfers and libraries take some
+
 
 def describe(graph: Graph, grouping: Grouping, cluster: Cluster, allowed_GD: np.ndarray, *, fused: bool) -> Problem:
     """The placement problem.
@@ -66,7 +68,7 @@ def describe(graph: Graph, grouping: Grouping, cluster: Cluster, allowed_GD: np.
         first_use_K1=np.cumsum([0, *(len(users[node]) for node in tensors)], dtype=np.int64),
         uses_C=np.array([index for node in tensors for index in users[node]], dtype=np.int64),
         device_names_D=tuple(device.name for device in devices),
-        memory_bytes_D=np.array([float(device.memory_bytes) for device in devices]),
+        memory_bytes_D=np.array([_USABLE * device.memory_bytes for device in devices]),
         latency_s_DD=latency_DD,
         bytes_per_s_DD=rate_DD,
         wire_DD=wire_DD,

@@ -54,7 +54,7 @@ class Grouping:
 def group(
     graph: Graph,
     weight: Callable[[Node], float],
-    label: Callable[[Node], str] = lambda _: "",
+    label: Callable[[Node, str], str] = lambda *_: "",
     *,
     limit: int = 40,
     like: Grouping | None = None,
@@ -63,13 +63,13 @@ def group(
 
     Args:
         weight: what a node counts for when the heaviest group is looked for.
-        label: nodes of one module with different labels are in different groups; a label that does not begin with a
-            space is the name of a group, whatever its modules are.
+        label: of a node in a module; nodes of one module with different labels are in different groups. A label that
+            does not begin with a space is the name of a group, whatever its modules are.
         limit: how many groups there may be, where labels and modules on the top do not make more.
         like: the grouping of another graph of the same step, whose groups these are to be.
     """
     paths = _paths(graph)
-    keys = {node: (paths[_producer(node)], label(_producer(node))) for node in graph.nodes}
+    keys = {node: (paths[_producer(node)], label(_producer(node), paths[_producer(node)])) for node in graph.nodes}
     if like is None:
         weights: dict[str, float] = {}
         for node, (path, _) in keys.items():

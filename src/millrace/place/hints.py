@@ -53,19 +53,21 @@ class Demand:
     reason: str
 
 
-def label_of(node: Node, hints: Hints) -> str:
-    """What keeps a node apart from, or together with, others in groups; "" where the hints do not say."""
-    path = path_of(node)
+def label_of(node: Node, path: str, hints: Hints) -> str:
+    """What keeps a node apart from, or together with, others in groups; "" where the hints do not say.
+
+    Args: path: the module that the node is counted to, also where it runs outside of all.
+    """
     for patterns in hints.together:
         if any(_inside(path, pattern) for pattern in patterns):
             return " + ".join(patterns)
-    devices = dict.fromkeys(demand.device for demand in demands_of(node, hints))
+    devices = dict.fromkeys(demand.device for demand in demands_of(node, path, hints))
     return "".join(f" on {device}" for device in devices)
 
 
-def demands_of(node: Node, hints: Hints) -> list[Demand]:
-    """What the hints say of one node."""
-    path, known = path_of(node), info(node)
+def demands_of(node: Node, path: str, hints: Hints) -> list[Demand]:
+    """What the hints say of one node, which is counted to a module."""
+    known = info(node)
     found = [
         Demand(device, f"module {path!r} matches {pattern!r}, which is to be on {device}")
         for pattern, device in hints.modules.items()
@@ -97,7 +99,7 @@ def allowed_devices(graph: Graph, grouping: Grouping, cluster: Cluster, hints: H
     kinds: dict[int, dict[Node, None]] = {}
     for task in grouping.tasks:
         for node in task.nodes:
-            for demand in demands_of(node, hints):
+            for demand in demands_of(node, path_of(node), hints):
                 reasons.setdefault(task.group, {})[demand] = None
             if _is_users_own(node):
                 kinds.setdefault(task.group, {})[node] = None

@@ -84,7 +84,7 @@ def place(
     Raises: PlacementError when hints contradict, nothing fits in memory, or the cluster lacks something.
     """
     wishes = Hints.of(hints)
-    grouping = group(graph, _weight, lambda node: label_of(node, wishes), limit=limit)
+    grouping = group(graph, _weight, lambda node, path: label_of(node, path, wishes), limit=limit)
     allowed = allowed_devices(graph, grouping, cluster, wishes)
     problem = describe(graph, grouping, cluster, allowed, fused=fused)
     if budget_s is None:
@@ -96,7 +96,7 @@ def place(
 def follow(placement: Placement, graph: Graph, *, fused: bool = True) -> Placement:
     """The same devices for another graph of the same step: for other fetches, or a batch of another size."""
     hints = placement.hints
-    grouping = group(graph, _weight, lambda node: label_of(node, hints), like=placement.grouping)
+    grouping = group(graph, _weight, lambda node, path: label_of(node, path, hints), like=placement.grouping)
     everywhere = np.ones((len(grouping.groups), len(placement.cluster.devices)), dtype=bool)
     problem = describe(graph, grouping, placement.cluster, everywhere, fused=fused)
     device_G = placement.plan.device_G

@@ -29,6 +29,7 @@ from millrace.runtime.transport.base import Transport
 from millrace.runtime.transport.shared_memory import connect
 
 Connect = Callable[[str, Sequence[Edge], Path, float], Transport]
+_LIBRARIES_BYTES = 128 * 2**20  # of scratch that kernels, threads and loaded programs take beside the tensors
 _FOREVER_S = 10.0 * 365 * 86400  # the driver may think as long as it likes; when it ends, so does the worker
 
 
@@ -104,10 +105,10 @@ def _shared_memory(device: str, edges: Sequence[Edge], directory: Path, timeout_
 
 
 def _hold_to(memory_bytes: int) -> None:
-    """Have the system refuse memory beyond what the process has now and so much more (Linux)."""
+    """Have the system refuse memory beyond what the process has now, so much more, and what libraries need (Linux)."""
     status = Path("/proc/self/status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith("VmData:"))
-    limit = int(line.split()[1]) * 1024 + memory_bytes
+    limit = int(line.split()[1]) * 1024 + memory_bytes + _LIBRARIES_BYTES
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 

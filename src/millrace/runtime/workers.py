@@ -47,7 +47,8 @@ class ProcessWorkers:
     """One process on this host for each device.
 
     imports: modules that every worker imports first, for operators that they register. hold_to_memory: whether a
-    worker may not take more for its data than the device's memory; asking for more is then an error of the step.
+    worker may not take more for its data than the device's memory (and 128 MiB for libraries); asking for more is then
+    an error of the step.
     """
 
     def __init__(self, devices: Sequence[Device], *, imports: Sequence[str] = (), hold_to_memory: bool = False) -> None:
