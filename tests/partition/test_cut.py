@@ -21,6 +21,7 @@ from millrace.graph.passes.prune import prune
 from millrace.graph.scopes import scope_of
 from millrace.graph.trace import trace
 from millrace.graph.training import training_graph
+from millrace.graph.values import is_cheap
 from millrace.partition.cut import cut
 from millrace.partition.pieces import Piece, greedy_pieces
 from millrace.partition.program import Partition, Recv, Run, Send
@@ -143,6 +144,18 @@ def test_a_chain_of_layers_on_two_devices_needs_three_segments_and_two_edges_and
     assert [(e.source, e.target) for e in activations] == [DEVICES[:2], DEVICES[1::-1]]
     assert [len(partition.programs[name].segments) for name in DEVICES[:2]] == [3, 2]  # the last is the update
     same(graph, partition)
+
+
+def test_a_view_of_the_batch_may_come_after_who_reads_it() -> None:
+    """It is made again there; tasks are ordered by what has to be handed over."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(8, 3)).double()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    graph = training_graph(model, lambda m, x: m(x).square().mean(), sgd, torch.randn(4, 2, 4).double())
+    views = [node.name for node in graph.nodes if is_cheap(node)]
+    others = [node.name for node in graph.nodes if node.name not in views]
+    assert views
+    same(graph, cut(graph, [Piece("all", DEVICES[0], tuple(others)), Piece("views", DEVICES[1], tuple(views))]))
 
 
 def test_pieces_that_do_not_fit_are_refused() -> None:

@@ -12,6 +12,7 @@ from torch.fx import Node
 from millrace.errors import GraphError
 from millrace.graph.graph import Graph, info
 from millrace.graph.signature import Phase
+from millrace.graph.values import sources
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def checked(graph: Graph, pieces: Sequence[Piece]) -> list[list[Node]]:
     place = {node: place[_producer(node)] for node in graph.nodes}
     for node in graph.nodes:  # in the graph's own order, which is one in which they can run
         members[place[node]].append(node)
-        for argument in node.all_input_nodes:
+        for argument in sources(node):  # what is cheap is made again where it is read, so it may come later
             if place.get(argument, 0) > place[node]:
                 raise GraphError(
                     f"{node.name!r} in piece {pieces[place[node]].name!r} reads {argument.name!r}, which the later "
