@@ -5,10 +5,32 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 TOKEN = secrets.token_hex(4)  # a restarted container often gets the number of the process that died
+
+
+def user_cache() -> Path:
+    """Where this user's caches are: `$MILLRACE_CACHE`, or millrace under the user's cache directory. May be missing."""
+    named = os.environ.get("MILLRACE_CACHE")
+    return (
+        Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "millrace"
+    ).absolute()
+
+
+def others_may_write(status: os.stat_result) -> bool:
+    """Whether a directory of this status may hold what other users put there: nothing in it is to be run then."""
+    return status.st_uid != os.getuid() or bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:  # a user without an entry in the password file
+        return Path(tempfile.gettempdir()) / f"millrace-{os.getuid()}"
 
 
 def beside(path: Path, kind: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,12 @@ def test_measured_once_and_again_when_damaged(tmp_path: Path, monkeypatch: pytes
     assert [d.name for d in cluster.devices] == ["/host:0/cpu:0", "/host:0/cpu:1"]
     assert cluster.link("/host:0/cpu:0", "/host:0/cpu:1").bytes_per_s > 0
     assert local_cluster([1, 1]) == cluster  # kept
-    calibrate.calibration_path().write_text("{")
-    assert local_cluster([1, 1], budget_s=0.1) != cluster
+    for damaged in ("{", "[]", '{"version": 2, "cpu 1": {"product": -1.0}}'):
+        calibrate.calibration_path().write_text(damaged)
+        again = local_cluster([1, 1], budget_s=0.1)
+        assert all(rate > 0 for device in again.devices for rate in device.rates.values())
+        kept = json.loads(calibrate.calibration_path().read_text())
+        assert kept["cpu 1"] == {**again.devices[0].rates, "dispatch_s": again.devices[0].dispatch_s}
     file = tmp_path / "here.toml"
     assert main(["devices", "--write", str(file)]) == OK
     assert main(["devices", "--cluster", str(file), "--json"]) == OK

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tests.small import cross_entropy, labelled, mlp
 from torch import nn
 
 import millrace
 from millrace.errors import PlacementError, SettingError
 from millrace.place.cluster import Cluster, Device, Link
+from millrace.train.model import Model
 
 QUIET: dict[str, Any] = {"compile": "eager", "progress": False, "run_dir": False}
 BATCHES = [labelled(8, seed=seed) for seed in range(5)]
@@ -78,6 +80,28 @@ def test_blocks_of_layers_train_on_devices_of_their_own() -> None:
     for model, extra in zip(models, more, strict=True):
         millrace.fit(model, BATCHES, optimizer=millrace.optim.adam(0.01), **settings, **extra)
     same(models[0], models[1], rtol=1e-9, atol=1e-11)
+
+
+def test_a_model_of_four_partitions_trains_on_four_devices(tmp_path: Path) -> None:
+    """The program of the first slide; the blocks of its layer are apart."""
+    generator = torch.Generator().manual_seed(0)
+    for index in range(40):
+        file = tmp_path / "pictures" / str(index % 2) / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 128, (8, 8), generator=generator) + 100 * (index % 2)
+        Image.fromarray(pixels.to(torch.uint8).numpy()).save(file)
+
+    def run(partitions: int, **more: Any) -> nn.Module:
+        model = Model(num_partitions=partitions)
+        images = model.image_input(tmp_path / "pictures", rows=8, cols=8)
+        hidden = model.relu_layer(images, 256)
+        model.softmax(hidden, num_classes=2, labels=images.labels)
+        model.train(epochs=1, **QUIET, **more)
+        return model.module
+
+    devices = tuple(Device(f"/host:0/cpu:{i}", "cpu", 1 << 30, RATES, 1e-6) for i in range(4))
+    apart = {f"*.block {i}": f"cpu:{i}" for i in range(4)}
+    same(run(1), run(4, devices=Cluster(devices, TWO.links), placement=apart), rtol=1e-4, atol=1e-6)
 
 
 def test_settings_that_do_not_go_together_are_refused() -> None:

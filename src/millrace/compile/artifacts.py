@@ -13,7 +13,6 @@ import logging
 import os
 import platform
 import shutil
-import stat
 import sys
 import tempfile
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 
 from millrace.compile.inductor_private import settings_digest
 from millrace.errors import CompileError
-from millrace.files import replace_bytes
+from millrace.files import others_may_write, replace_bytes, user_cache
 from millrace.graph.graph import Graph
 from millrace.graph.save import graph_digest
 from millrace.version import __version__
@@ -43,9 +42,7 @@ def cache_directory() -> Path:
 
     Raises: CompileError when it belongs to another user or others may write to it, because what is in it is run.
     """
-    named = os.environ.get("MILLRACE_CACHE")
-    base = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "millrace"
-    directory = base.absolute() / "compiled"
+    directory = user_cache() / "compiled"
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = directory.stat()
@@ -53,7 +50,7 @@ def cache_directory() -> Path:
         reason = "" if writable else "it may not be written to"
     except OSError as error:
         return _temporary_directory(str(directory), error.strerror or str(error))
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if others_may_write(status):
         raise CompileError(
             f"the cache of compiled graphs {directory} can be written by other users, and what is in it is run. "
             f"`chmod 700 {directory}`, or set MILLRACE_CACHE to a directory of your own."
@@ -105,13 +102,6 @@ def read_artifact(path: Path) -> bytes | None:
 def write_artifact(content: bytes, path: Path) -> None:
     """Put an artifact into the cache, whole or not at all. Raises: OSError."""
     replace_bytes(path, _MARK + hashlib.sha256(content).digest() + content)
-
-
-def _home() -> Path:
-    try:
-        return Path.home()
-    except RuntimeError:  # a user without an entry in the password file
-        return Path(tempfile.gettempdir()) / f"millrace-{os.getuid()}"
 
 
 @functools.cache

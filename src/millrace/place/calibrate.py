@@ -19,7 +19,7 @@ import torch
 
 from millrace.child_process import start_module
 from millrace.errors import PlacementError
-from millrace.files import replace_bytes
+from millrace.files import replace_bytes, user_cache
 from millrace.place.cluster import CLASSES, PRODUCT, SPECIAL
 from millrace.place.measure import measure_device
 from millrace.place.measure_link import measure_cuda_link, measure_host_link
@@ -60,10 +60,8 @@ def cuda_link_figures(device: str, *, measure_again: bool = False) -> Figures:
 
 def calibration_path() -> Path:
     """Where this machine's figures are or would be."""
-    named = os.environ.get("MILLRACE_CACHE")
-    base = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "millrace"
     machine = "\n".join([_processor(), str(os.cpu_count()), str(torch.__version__)])
-    return base.absolute() / f"calibration-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
+    return user_cache() / f"calibration-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
 
 
 def _kept(key: str, keys: set[str], measure: Callable[[], Figures], again: bool) -> Figures:

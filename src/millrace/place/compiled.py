@@ -10,11 +10,12 @@ import hashlib
 import importlib
 import importlib.util
 import os
-import stat
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from millrace.files import others_may_write, user_cache
 
 
 class Compiled:
@@ -70,13 +71,10 @@ def compiled(function: Callable[..., Any]) -> Compiled:
 
 def _cache_directory(digest: str) -> Path | None:
     """Where machine code is kept; None where this user cannot write, or others can: what is in it is run."""
-    named = os.environ.get("MILLRACE_CACHE")
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    directory = (Path(named) if named else user / "millrace").absolute() / "numba" / digest
+    directory = user_cache() / "numba" / digest
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = directory.stat()
     except OSError:
         return None
-    foreign = status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return None if foreign or not os.access(directory, os.W_OK | os.X_OK) else directory
+    return None if others_may_write(status) or not os.access(directory, os.W_OK | os.X_OK) else directory

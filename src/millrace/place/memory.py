@@ -26,7 +26,7 @@ def does_not_fit(problem: Problem, peak_bytes_D: Floats, algorithm: str) -> Plac
     """The error that says by how much a placement does not fit, and what would."""
     over_D = peak_bytes_D - problem.memory_bytes_D
     lacking = ", ".join(
-        f"{name} needs {_size(peak)} and has {_size(memory)}"
+        f"{name} needs {_size(peak)} and may use {_size(memory)}"
         for name, peak, memory, over in zip(
             problem.device_names_D, peak_bytes_D, problem.memory_bytes_D, over_D, strict=True
         )

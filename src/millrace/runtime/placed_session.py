@@ -31,6 +31,7 @@ from millrace.runtime.workers import Workers
 
 log = logging.getLogger(__name__)
 
+_COMPILE_TIMEOUT_S = 3600.0
 _LARGEST_MESSAGE_BYTES = 32 * 2**20
 
 Place = Callable[[Graph], Sequence[Piece]]
@@ -82,7 +83,7 @@ class PlacedSession:
         variables: name -> value, where they are not `graph.initial`.
         microbatches: into how many parts each batch is divided; a batch that cannot be divided so is divided into as
             many as can be. reduction: see `passes.microbatch`.
-        compile: as for `Session`. timeout_s: how long any one wait may take.
+        compile: as for `Session`. timeout_s: how long any one wait may take, but for the compiler.
     """
 
     def __init__(
@@ -310,7 +311,8 @@ class PlacedSession:
                     "timeout_s": self._timeout_s,
                 },
             )
-        self._workers.ask(messages, self._timeout_s)
+        compiling = self._compile == "inductor"  # before the first step
+        self._workers.ask(messages, _COMPILE_TIMEOUT_S if compiling else self._timeout_s)
 
     def _take_step(self, program: _Program, given: Mapping[str, Tensor]) -> dict[str, Message]:
         self._step += 1
