@@ -1,4 +1,4 @@
-"""Files and names that a kill or a power cut leaves old or new, never in between."""
+"""Files that a kill or a power cut leaves old or new, never in between; and where this user's caches are."""
 
 from __future__ import annotations
 

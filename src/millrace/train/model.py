@@ -60,7 +60,8 @@ class Model:
 
     Args:
         num_partitions: into how many blocks to divide each wide layer (of 64 units or channels and more) for training,
-            forward, backward and update alike. The blocks are nodes of one graph, which runs in this process, or over `train(devices=…)`.
+            forward, backward and update alike. The blocks are nodes of one graph, which runs in this process, or on
+            the devices of `train(devices=…)`.
         seed: of the initial weights (each layer's follow from its name), of what is held out, and of training.
     """
 
