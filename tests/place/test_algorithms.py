@@ -212,5 +212,5 @@ def test_searching_gains_where_layers_are_not_a_chain() -> None:
 def test_memory_is_told_with_what_would_help() -> None:
     build = Builder(1, [100.0])
     build.task(0, [1.0], [], scratch=60)
-    with pytest.raises(PlacementError, match=r"gpu:0 needs 150 bytes and has 100 bytes.*more microbatches"):
+    with pytest.raises(PlacementError, match=r"gpu:0 needs 150 bytes and may use 100 bytes.*more microbatches"):
         hints_only(build.problem([90]), budget_s=1.0, seed=0)
