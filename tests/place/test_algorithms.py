@@ -81,9 +81,10 @@ def test_an_unknown_algorithm_is_answered_with_the_nearest() -> None:
 
 
 @given(problems(groups=6, tasks=20))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_auto_is_never_slower_than_any_other(problem: Problem) -> None:
-    best_s = simulate(problem, auto(problem, budget_s=0.02, seed=0)).step_s
+    # Long enough for the pipeline within it to look at all orders of devices, as the one below does.
+    best_s = simulate(problem, auto(problem, budget_s=0.8, seed=0)).step_s
     for name in QUICK:
         try:
             plan = algorithm(name)(problem, budget_s=1.0, seed=0)

@@ -24,7 +24,8 @@ def clusters(draw: st.DrawFn) -> Cluster:
     for index in range(draw(st.integers(1, 4))):
         rates = {c: draw(positive) for c in {*CLASSES, *draw(st.lists(st.sampled_from(RATE_KEYS), max_size=3))}}
         kind, memory = draw(st.sampled_from(["cpu", "cuda"])), draw(st.integers(1, 2**50))
-        devices.append(Device(f"/host:0/d:{index}", kind, memory, rates, draw(positive), draw(st.integers(1, 64))))
+        threads, busy = draw(st.integers(1, 64)), draw(st.dictionaries(st.sampled_from(RATE_KEYS), positive))
+        devices.append(Device(f"/host:0/d:{index}", kind, memory, rates, draw(positive), threads, busy))
     return Cluster(tuple(devices), (Link("*", "*", draw(positive), draw(positive), draw(st.booleans())),))
 
 

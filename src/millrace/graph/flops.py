@@ -40,4 +40,19 @@ def _lstm_backward(x_TBI: Tensor, weights: Any, *_: Any) -> float:
     return 2.0 * _lstm(x_TBI, weights[0], weights[1])  # of the inputs and of the weights
 
 
-_OWN: dict[str, Callable[..., float]] = {"millrace::lstm_layer": _lstm, "millrace::lstm_layer_backward": _lstm_backward}
+def _attention(q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, *_: Any) -> float:
+    batch, heads, length, width = q_BHLD.shape
+    return 2.0 * batch * heads * length * k_BHSD.shape[2] * (width + v_BHSD.shape[3])
+
+
+def _attention_backward(_gradient: Tensor, q_BHLD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, *_: Any) -> float:
+    return 2.5 * _attention(q_BHLD, k_BHSD, v_BHSD)  # five products where there were two: the scores are made again
+
+
+# What the registry of torch lacks.
+_OWN: dict[str, Callable[..., float]] = {
+    "millrace::lstm_layer": _lstm,
+    "millrace::lstm_layer_backward": _lstm_backward,
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+}

@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,23 @@ from millrace.place.measure_link import measure_cuda_link, measure_host_link
 log = logging.getLogger(__name__)
 
 BUDGET_S = 4.0  # for the rates of one device
-_VERSION = 2
+_VERSION = 3
 _DEVICE_KEYS = {*CLASSES, SPECIAL, f"{PRODUCT}.bfloat16", "dispatch_s"}
 _LINK_KEYS = {"latency_s", "bytes_per_s"}
 Figures = dict[str, float]
 
 
-def cpu_figures(threads: int, *, measure_again: bool = False, budget_s: float = BUDGET_S) -> Figures:
+def cpu_figures(
+    threads: int, beside: Sequence[int] = (), *, measure_again: bool = False, budget_s: float = BUDGET_S
+) -> Figures:
     """Rates by class, and "dispatch_s", of a worker process with so many threads.
 
-    Raises: PlacementError when the process that measures fails.
+    Args: beside: the threads of other workers that compute meanwhile.
+
+    Raises: PlacementError when a process that measures fails.
     """
-    return _kept(f"cpu {threads}", _DEVICE_KEYS, lambda: _measure_cpu(threads, budget_s), measure_again)
+    others = "".join(f" beside {count}" for count in sorted(beside))
+    return _kept(f"cpu {threads}{others}", _DEVICE_KEYS, lambda: _measure(threads, beside, budget_s), measure_again)
 
 
 def cuda_figures(device: str, *, measure_again: bool = False, budget_s: float = BUDGET_S) -> Figures:
@@ -94,12 +99,13 @@ def _valid(figures: object, keys: set[str]) -> bool:
     )
 
 
-def _measure_cpu(threads: int, budget_s: float) -> Figures:
-    """The mean over as many workers as the cores are enough for, measured at once: they share the memory."""
-    count = max(1, len(os.sched_getaffinity(0)) // threads)
-    with ThreadPoolExecutor(count) as pool:
-        measured = list(pool.map(lambda _: _measure_worker(threads, budget_s), range(count)))
-    return {name: sum(one[name] for one in measured) / count for name in measured[0]}
+def _measure(threads: int, beside: Sequence[int], budget_s: float) -> Figures:
+    """All workers measure at once, which keeps all of them busy; the mean over those that are alike."""
+    workers = [threads, *beside]
+    with ThreadPoolExecutor(len(workers)) as pool:
+        measured = list(pool.map(lambda count: _measure_worker(count, budget_s), workers))
+    alike = [figures for count, figures in zip(workers, measured, strict=True) if count == threads]
+    return {name: sum(one[name] for one in alike) / len(alike) for name in alike[0]}
 
 
 def _measure_worker(threads: int, budget_s: float) -> Figures:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from millrace.errors import PlacementError, did_you_mean
@@ -23,6 +23,8 @@ class Device:
     rates: what it reaches, by class of operators: flop/s, or byte/s for "memory" and "special". "product.bfloat16" is
         the rate in one precision, "product" in every other.
     dispatch_s: what starting one operator costs. threads: of the worker process that is the device, on a CPU.
+    busy_rates: what it reaches while all other devices of its host work as well, for rates that sink then, because
+        devices share memory, caches and clock.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Device:
     rates: Mapping[str, float]
     dispatch_s: float = 0.0
     threads: int = 1
+    busy_rates: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def host(self) -> str:
@@ -42,6 +45,10 @@ class Device:
         if operators == SPECIAL and SPECIAL not in self.rates:
             operators = MEMORY
         return self.rates.get(f"{operators}.{dtype}", self.rates[operators])
+
+    def among_others(self) -> Device:
+        """The same device while all others of its host work."""
+        return replace(self, rates={**self.rates, **self.busy_rates}, busy_rates={})
 
 
 @dataclass(frozen=True)

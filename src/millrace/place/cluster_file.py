@@ -17,7 +17,7 @@ from millrace.place.presets import preset_device
 
 _PRECISIONS = ("float64", "float32", "bfloat16", "float16")
 RATE_KEYS = [f"{c}.{p}" if p else c for c in (*CLASSES, SPECIAL) for p in ("", *_PRECISIONS)]
-_DEVICE_KEYS = ["name", "count", "like", "kind", "memory_bytes", "dispatch_s", "threads", "rates"]
+_DEVICE_KEYS = ["name", "count", "like", "kind", "memory_bytes", "dispatch_s", "threads", "rates", "busy_rates"]
 _LINK_KEYS = ["source", "target", "latency_s", "bytes_per_s", "shared"]
 _NAME = re.compile(r"/[\w-]+:\d+/[\w-]+:\d+")
 _RANGE = re.compile(r"(.*)\[(\d+)-(\d+)\](.*)")
@@ -79,6 +79,11 @@ def to_toml(cluster: Cluster) -> str:
             f"threads = {device.threads}\n\n[device.rates]  # flop/s; byte/s for memory\n"
             + "".join(f"{_text(key)} = {float(rate)!r}\n" for key, rate in device.rates.items())
         )
+        if device.busy_rates:
+            parts.append(
+                "[device.busy_rates]  # while all devices of the host work\n"
+                + "".join(f"{_text(key)} = {float(rate)!r}\n" for key, rate in device.busy_rates.items())
+            )
     for link in cluster.links:
         parts.append(
             f"[[link]]\nsource = {_text(link.source)}\ntarget = {_text(link.target)}\n"
@@ -117,7 +122,8 @@ def _devices(entry: Mapping[str, Any], where: str, refuse: Refuse) -> list[Devic
     if kind not in ("cpu", "cuda"):
         raise refuse(f'{where}: kind: expected "cpu" or "cuda", got {kind!r}. {did_you_mean(kind, ["cpu", "cuda"])}')
     memory = base.memory_bytes if base and "memory_bytes" not in entry else _whole(entry, "memory_bytes", where, refuse)
-    rates = {**(base.rates if base else {}), **_rates(entry, where, refuse)}
+    rates = {**(base.rates if base else {}), **_rates(entry, "rates", where, refuse)}
+    busy_rates = _rates(entry, "busy_rates", where, refuse)
     for operators in CLASSES:
         if operators not in rates:
             unit = "byte/s" if operators == MEMORY else "flop/s"
@@ -125,7 +131,7 @@ def _devices(entry: Mapping[str, Any], where: str, refuse: Refuse) -> list[Devic
     default = base.dispatch_s if base else 0.0
     dispatch_s = _number(entry, "dispatch_s", where, refuse, zero=True) if "dispatch_s" in entry else default
     threads = _whole(entry, "threads", where, refuse) if "threads" in entry else 1
-    return [Device(n, kind, memory, rates, dispatch_s, threads) for n in _names(entry, name, where, refuse)]
+    return [Device(n, kind, memory, rates, dispatch_s, threads, busy_rates) for n in _names(entry, name, where, refuse)]
 
 
 def _names(entry: Mapping[str, Any], name: str, where: str, refuse: Refuse) -> list[str]:
@@ -147,12 +153,12 @@ def _names(entry: Mapping[str, Any], name: str, where: str, refuse: Refuse) -> l
     return [pattern.replace("{}", str(number)) for number in range(span[0], span[1] + 1)]
 
 
-def _rates(entry: Mapping[str, Any], where: str, refuse: Refuse) -> dict[str, float]:
-    table = entry.get("rates", {})
+def _rates(entry: Mapping[str, Any], name: str, where: str, refuse: Refuse) -> dict[str, float]:
+    table = entry.get(name, {})
     if not isinstance(table, dict):
-        raise refuse(f"{where}: rates: expected a table of rates by class of operators, got {table!r}.")
-    _known(table, RATE_KEYS, f"{where}: rates", refuse)
-    return {key: _number(table, key, f"{where}: rates", refuse) for key in table}
+        raise refuse(f"{where}: {name}: expected a table of rates by class of operators, got {table!r}.")
+    _known(table, RATE_KEYS, f"{where}: {name}", refuse)
+    return {key: _number(table, key, f"{where}: {name}", refuse) for key in table}
 
 
 def _link(entry: Mapping[str, Any], where: str, names: list[str], refuse: Refuse) -> Link:

@@ -10,8 +10,8 @@ from torch.fx import Node
 from millrace.graph.graph import Graph
 from millrace.graph.signature import Phase
 from millrace.graph.values import is_cheap, reads_of
-from millrace.place.cluster import Cluster
-from millrace.place.cost import is_free, tensor_bytes, works_of
+from millrace.place.cluster import Cluster, Device
+from millrace.place.cost import Work, is_free, tensor_bytes, works_of
 from millrace.place.grouping import Grouping, Task
 from millrace.place.problem import Problem
 
@@ -40,13 +40,13 @@ def describe(graph: Graph, grouping: Grouping, cluster: Cluster, allowed_GD: np.
             if node in made_by:
                 users.setdefault(node, []).append(index)
     tensors = list(users)
-    seconds_TD = np.zeros((len(tasks), len(devices)))
+    works_T = [works_of(task.nodes, fused=fused) if index >= first else [] for index, task in enumerate(tasks)]
+    hosts = list(dict.fromkeys(device.host for device in devices))
+    shared = [d.busy_rates and sum(other.host == d.host for other in devices) > 1 for d in devices]
+    busy = [device.among_others() if among else device for device, among in zip(devices, shared, strict=True)]
+    seconds_TD = _seconds(works_T, tasks, busy, allowed_GD)
     flops_G, resident_G = np.zeros(groups), np.zeros(groups)
-    for index, task in enumerate(tasks):
-        works = works_of(task.nodes, fused=fused) if index >= first else []
-        for d, device in enumerate(devices):
-            allowed = bool(allowed_GD[task.group, d])
-            seconds_TD[index, d] = sum(work.seconds(device) for work in works) if allowed else np.inf
+    for task, works in zip(tasks, works_T, strict=True):
         flops_G[task.group] += sum(work.flops for work in works)
     for variable in graph.variables:
         if variable.name in grouping.variables:
@@ -72,7 +72,17 @@ def describe(graph: Graph, grouping: Grouping, cluster: Cluster, allowed_GD: np.
         latency_s_DD=latency_DD,
         bytes_per_s_DD=rate_DD,
         wire_DD=wire_DD,
+        alone_s_TD=_seconds(works_T, tasks, devices, allowed_GD) if any(shared) else None,
+        host_D=np.array([hosts.index(device.host) for device in devices], dtype=np.int64),
     )
+
+
+def _seconds(
+    works_T: Sequence[Sequence[Work]], tasks: Sequence[Task], devices: Sequence[Device], allowed_GD: np.ndarray
+) -> np.ndarray:
+    """[T, D]"""
+    seconds_TD = np.array([[sum(work.seconds(device) for work in works) for device in devices] for works in works_T])
+    return np.where(allowed_GD[[task.group for task in tasks]], seconds_TD, np.inf)
 
 
 def _given(

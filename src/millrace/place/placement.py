@@ -11,13 +11,14 @@ from torch.fx import Node
 from millrace.graph.graph import Graph
 from millrace.place.algorithms.registry import algorithm
 from millrace.place.cluster import Cluster
+from millrace.place.contention import expect
 from millrace.place.cost import tensor_bytes, works_of
 from millrace.place.describe import describe
 from millrace.place.grouping import Grouping, Task, group
 from millrace.place.hints import Hints, allowed_devices, label_of
 from millrace.place.order import best_order
 from millrace.place.problem import Plan, Problem
-from millrace.place.simulate import Simulated, simulate
+from millrace.place.simulate import Simulated
 
 _SEARCH_S_PER_GROUP, _LONGEST_SEARCH_S = 0.1, 5.0
 
@@ -90,7 +91,7 @@ def place(
     if budget_s is None:
         budget_s = min(_LONGEST_SEARCH_S, _SEARCH_S_PER_GROUP * problem.groups)
     plan = algorithm(search)(problem, budget_s=budget_s, seed=seed)
-    return Placement(cluster, wishes, grouping, problem, plan, simulate(problem, plan))
+    return Placement(cluster, wishes, grouping, problem, plan, expect(problem, plan))
 
 
 def follow(placement: Placement, graph: Graph, *, fused: bool = True) -> Placement:
@@ -101,7 +102,7 @@ def follow(placement: Placement, graph: Graph, *, fused: bool = True) -> Placeme
     problem = describe(graph, grouping, placement.cluster, everywhere, fused=fused)
     device_G = placement.plan.device_G
     plan = Plan(device_G, best_order(problem, device_G), placement.plan.algorithm, "as planned before")
-    return Placement(placement.cluster, hints, grouping, problem, plan, simulate(problem, plan))
+    return Placement(placement.cluster, hints, grouping, problem, plan, expect(problem, plan))
 
 
 def _weight(node: Node) -> float:

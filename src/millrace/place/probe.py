@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from millrace.errors import PlacementError
-from millrace.place.calibrate import BUDGET_S, cpu_figures, cuda_figures, cuda_link_figures, host_link_figures
+from millrace.place.calibrate import BUDGET_S, Figures, cpu_figures, cuda_figures, cuda_link_figures, host_link_figures
 from millrace.place.cluster import Cluster, Device, Link
 
 
@@ -27,9 +27,13 @@ def local_cluster(
     cores = len(os.sched_getaffinity(0))
     threads = [cores] if devices is None else _threads(devices, cores)
     figures = {t: cpu_figures(t, measure_again=measure_again, budget_s=budget_s) for t in sorted(set(threads))}
+    busy = figures
+    if len(threads) > 1:
+        others = {t: [*threads[: threads.index(t)], *threads[threads.index(t) + 1 :]] for t in figures}
+        busy = {t: cpu_figures(t, others[t], measure_again=measure_again, budget_s=budget_s) for t in figures}
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found = [
-        _device(f"/host:0/cpu:{index}", "cpu", memory_bytes * count // sum(threads), figures[count], count)
+        _device(f"/host:0/cpu:{index}", "cpu", memory_bytes * count // sum(threads), figures[count], count, busy[count])
         for index, count in enumerate(threads)
     ]
     links: list[Link] = []
@@ -58,6 +62,9 @@ def _threads(devices: int | Sequence[int], cores: int) -> list[int]:
     return list(threads)
 
 
-def _device(name: str, kind: str, memory_bytes: int, figures: dict[str, float], threads: int) -> Device:
+def _device(
+    name: str, kind: str, memory_bytes: int, figures: Figures, threads: int, busy: Figures | None = None
+) -> Device:
     rates = {key: value for key, value in figures.items() if key != "dispatch_s"}
-    return Device(name, kind, memory_bytes, rates, figures["dispatch_s"], threads)
+    lower = {key: min(busy[key], value) for key, value in rates.items()} if busy not in (None, figures) else {}
+    return Device(name, kind, memory_bytes, rates, figures["dispatch_s"], threads, lower)

@@ -9,7 +9,7 @@ Letters in shapes: G groups, T tasks, K tensors, C uses of tensors by tasks, D d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,8 @@ class Problem:
     latency_s_DD: Floats  # 0 on the diagonal
     bytes_per_s_DD: Floats  # infinite on the diagonal
     wire_DD: Ints  # the number of the wire; transfers on one wire wait for each other; -1 on the diagonal
+    alone_s_TD: Floats | None = None  # while the other devices of the host rest; None: they do not slow each other down
+    host_D: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # devices of one number share a host
 
     @property
     def groups(self) -> int:
