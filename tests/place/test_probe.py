@@ -20,7 +20,7 @@ def test_measured_once_and_again_when_damaged(tmp_path: Path, monkeypatch: pytes
     assert [d.name for d in cluster.devices] == ["/host:0/cpu:0", "/host:0/cpu:1"]
     assert cluster.link("/host:0/cpu:0", "/host:0/cpu:1").bytes_per_s > 0
     assert local_cluster([1, 1]) == cluster  # kept
-    for damaged in ("{", "[]", '{"version": 2, "cpu 1": {"product": -1.0}}'):
+    for damaged in ("{", "[]", '{"version": 4, "cpu 1": {"product": -1.0}}'):
         calibrate.calibration_path().write_text(damaged)
         again = local_cluster([1, 1], budget_s=0.1)
         assert all(rate > 0 for device in again.devices for rate in device.rates.values())

@@ -27,7 +27,7 @@ from millrace.place.measure_link import measure_cuda_link, measure_host_link
 log = logging.getLogger(__name__)
 
 BUDGET_S = 4.0  # for the rates of one device
-_VERSION = 3
+_VERSION = 4
 _DEVICE_KEYS = {*CLASSES, SPECIAL, f"{PRODUCT}.bfloat16", "dispatch_s"}
 _LINK_KEYS = {"latency_s", "bytes_per_s"}
 Figures = dict[str, float]
