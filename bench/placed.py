@@ -28,9 +28,10 @@ from millrace.graph.passes.prune import prune
 from millrace.graph.training import training_graph
 from millrace.partition.placed import Planner
 from millrace.place.cluster import Cluster
-from millrace.place.placement import place
+from millrace.place.placement import Placement, place
 from millrace.place.probe import local_cluster
 from millrace.runtime.placed_session import PlacedSession
+from millrace.runtime.profiling import profile_on
 from millrace.runtime.session import Session
 from millrace.runtime.workers import ProcessWorkers
 
@@ -91,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--search", default="auto")
     options.add_argument("--compile", default="inductor", choices=("eager", "inductor"))
     options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--rates", action="store_true", help="expect by rates of classes, not by measured nodes")
     given = options.parse_args(arguments)
     torch.set_num_threads(1)
     pairs = []
@@ -152,10 +154,14 @@ def configure(
 ) -> Configuration:
     """One way to run a model over workers, warmed up."""
     fused = given.compile != "eager"
-    planner = Planner(lambda g: place(g, cluster, search=given.search, fused=fused), fused=fused)
-    session = PlacedSession(
-        graph, planner, ProcessWorkers(cluster.devices), microbatches=parts, compile=given.compile, timeout_s=600.0
-    )
+    workers = ProcessWorkers(cluster.devices)
+
+    def search(whole: Graph) -> Placement:
+        profile = None if given.rates else profile_on(workers, cluster.devices, whole, fused=fused)
+        return place(whole, cluster, search=given.search, fused=fused, profile=profile)
+
+    planner = Planner(search, fused=fused)
+    session = PlacedSession(graph, planner, workers, microbatches=parts, compile=given.compile, timeout_s=600.0)
     session.run(FETCHES, batch)
     session.push()  # begin where the others begin
     assert planner.placement is not None

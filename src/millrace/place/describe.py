@@ -14,16 +14,25 @@ from millrace.place.cluster import Cluster, Device
 from millrace.place.cost import Work, is_free, tensor_bytes, works_of
 from millrace.place.grouping import Grouping, Task
 from millrace.place.problem import Problem
+from millrace.place.profile import Profile
 
 _USABLE = 0.9  # of a device's memory: allocators waste some, and transfers and libraries take some
 
 
-def describe(graph: Graph, grouping: Grouping, cluster: Cluster, allowed_GD: np.ndarray, *, fused: bool) -> Problem:
+def describe(
+    graph: Graph,
+    grouping: Grouping,
+    cluster: Cluster,
+    allowed_GD: np.ndarray,
+    *,
+    fused: bool,
+    profile: Profile | None = None,
+) -> Problem:
     """The placement problem.
 
     Variables that are read outside of their group are tensors, made at the start of the step by a task of their own.
 
-    Args: allowed_GD: whether a group may be on a device. fused: see `cost.works_of`.
+    Args: allowed_GD: whether a group may be on a device. fused: see `cost.works_of`. profile: what was measured.
     """
     groups, devices = len(grouping.groups), cluster.devices
     inputs = graph.placeholders()
@@ -42,9 +51,10 @@ def describe(graph: Graph, grouping: Grouping, cluster: Cluster, allowed_GD: np.
     tensors = list(users)
     works_T = [works_of(task.nodes, fused=fused) if index >= first else [] for index, task in enumerate(tasks)]
     hosts = list(dict.fromkeys(device.host for device in devices))
-    shared = [d.busy_rates and sum(other.host == d.host for other in devices) > 1 for d in devices]
-    busy = [device.among_others() if among else device for device, among in zip(devices, shared, strict=True)]
-    seconds_TD = _seconds(works_T, tasks, busy, allowed_GD)
+    known = profile or Profile()
+    shared_D = [sum(other.host == device.host for other in devices) > 1 for device in devices]
+    seconds_TD = _seconds(works_T, tasks, devices, shared_D, allowed_GD, known)
+    alone_s_TD = _seconds(works_T, tasks, devices, [False] * len(devices), allowed_GD, known)
     flops_G, resident_G = np.zeros(groups), np.zeros(groups)
     for task, works in zip(tasks, works_T, strict=True):
         flops_G[task.group] += sum(work.flops for work in works)
@@ -72,17 +82,26 @@ def describe(graph: Graph, grouping: Grouping, cluster: Cluster, allowed_GD: np.
         latency_s_DD=latency_DD,
         bytes_per_s_DD=rate_DD,
         wire_DD=wire_DD,
-        alone_s_TD=_seconds(works_T, tasks, devices, allowed_GD) if any(shared) else None,
+        alone_s_TD=None if np.array_equal(alone_s_TD, seconds_TD) else np.minimum(alone_s_TD, seconds_TD),
         host_D=np.array([hosts.index(device.host) for device in devices], dtype=np.int64),
     )
 
 
 def _seconds(
-    works_T: Sequence[Sequence[Work]], tasks: Sequence[Task], devices: Sequence[Device], allowed_GD: np.ndarray
+    works_T: Sequence[Sequence[Work]],
+    tasks: Sequence[Task],
+    devices: Sequence[Device],
+    among_others_D: Sequence[bool],
+    allowed_GD: np.ndarray,
+    profile: Profile,
 ) -> np.ndarray:
     """[T, D]"""
-    seconds_TD = np.array([[sum(work.seconds(device) for work in works) for device in devices] for works in works_T])
-    return np.where(allowed_GD[[task.group for task in tasks]], seconds_TD, np.inf)
+    seconds_TD = np.full((len(tasks), len(devices)), np.inf)
+    for index, (task, works) in enumerate(zip(tasks, works_T, strict=True)):
+        for d, device in enumerate(devices):
+            if allowed_GD[task.group, d]:
+                seconds_TD[index, d] = sum(profile.seconds(w, device, among_others=among_others_D[d]) for w in works)
+    return seconds_TD
 
 
 def _given(

@@ -18,6 +18,7 @@ from millrace.place.grouping import Grouping, Task, group
 from millrace.place.hints import Hints, allowed_devices, label_of
 from millrace.place.order import best_order
 from millrace.place.problem import Plan, Problem
+from millrace.place.profile import Profile
 from millrace.place.simulate import Simulated
 
 _SEARCH_S_PER_GROUP, _LONGEST_SEARCH_S = 0.1, 5.0
@@ -71,6 +72,7 @@ def place(
     seed: int = 0,
     fused: bool = True,
     limit: int = 40,
+    profile: Profile | None = None,
 ) -> Placement:
     """Decide which device runs what.
 
@@ -81,13 +83,14 @@ def place(
         budget_s: how long it may search; by default a tenth of a second for each group, at most five seconds.
         fused: whether the devices run compiled code.
         limit: how many groups there may be; more give a finer placement and a longer search.
+        profile: of nodes that were measured on the devices.
 
     Raises: PlacementError when hints contradict, nothing fits in memory, or the cluster lacks something.
     """
     wishes = Hints.of(hints)
     grouping = group(graph, _weight, lambda node, path: label_of(node, path, wishes), limit=limit)
     allowed = allowed_devices(graph, grouping, cluster, wishes)
-    problem = describe(graph, grouping, cluster, allowed, fused=fused)
+    problem = describe(graph, grouping, cluster, allowed, fused=fused, profile=profile)
     if budget_s is None:
         budget_s = min(_LONGEST_SEARCH_S, _SEARCH_S_PER_GROUP * problem.groups)
     plan = algorithm(search)(problem, budget_s=budget_s, seed=seed)

@@ -10,6 +10,7 @@ from millrace.place.cluster import Cluster
 from millrace.place.placement import Placement, place
 from millrace.place.probe import local_cluster
 from millrace.runtime.placed_session import AnySession, PlacedSession
+from millrace.runtime.profiling import profile_on
 from millrace.runtime.session import Session
 from millrace.runtime.workers import ProcessWorkers
 from millrace.train.plan import Plan
@@ -27,7 +28,10 @@ def session_for(graph: Graph, plan: Plan, say: Say) -> AnySession:
     fused = plan.compile != "eager"
 
     def search(whole: Graph) -> Placement:
-        found = place(whole, cluster, plan.placement, seed=plan.seed, fused=fused)
+        profile = (
+            None if isinstance(plan.devices, Cluster) else profile_on(workers, cluster.devices, whole, fused=fused)
+        )
+        found = place(whole, cluster, plan.placement, seed=plan.seed, fused=fused, profile=profile)
         say(f"placed on {len(cluster.devices)} devices: {found.plan.note}")
         return found
 
