@@ -83,6 +83,24 @@ def test_heavy_modules_are_divided_first() -> None:
     assert {f"{side}.{i}" for side in ("left", "right") for i in range(3)} <= set(whole.groups)
 
 
+def test_gradients_of_variables_wait_for_nobody_else() -> None:
+    """The last of two stages sends its gradient on before it works out those of its variables."""
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(6)))
+    batch = torch.randn(32, 64), torch.randint(0, 64, (32,))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    graph = training_graph(model, lambda m, b: F.cross_entropy(m(b[0]), b[1]), sgd, batch)
+    grouping = group(graph, lambda node: 1.0)
+    group_of = {node: task.group for task in grouping.tasks for node in task.nodes}
+    last = [task for task in grouping.tasks if "gradients" in task.name]
+    assert len(last) == 6
+    for task in last:
+        assert {group_of[u] for n in task.nodes for u in n.users if u in group_of} <= {task.group}
+    # A forward pass, a backward pass of one product a layer, and the gradients of half of the layers at the same time.
+    found = placed(graph, cluster(2), search="auto")
+    alone_s = found.problem.seconds_TD[:, 0].sum()
+    assert found.expected.step_s < 0.9 * alone_s
+
+
 @pytest.mark.parametrize("search", ["auto", "heft", "round_robin", "pipeline", "expert"])
 @pytest.mark.parametrize("count", [1, 4])
 def test_a_placement_computes_what_the_whole_graph_does(search: str, count: int) -> None:

@@ -2,7 +2,11 @@
 
 A group is a module, or a block of a split layer: its forward, backward and update nodes and its variables. The heaviest
 groups are divided into their submodules until there are as many groups as may be. A task is the part of a group that
-belongs to one phase and one microbatch; where it would have to run before and after another task, it is divided.
+belongs to one phase and one microbatch. Of the backward pass, what no other group waits for (the gradients of variables)
+is a task of its own, which can fill the time in which a device would wait. Where a task would have to run before and after
+another one, it is divided.
+
+Source of the two tasks of a backward pass: Qi, Wan, Huang, Lin, "Zero Bubble Pipeline Parallelism", 2023.
 """
 
 from __future__ import annotations
@@ -152,9 +156,10 @@ def _paths(graph: Graph) -> dict[Node, str]:
 def _tasks(graph: Graph, group_of: Mapping[Node, int], names: Sequence[str]) -> tuple[Task, ...]:
     """Nodes joined to tasks so that no two tasks wait for each other."""
     members: list[list[Node]] = []
-    keys: list[tuple[int, Phase, int]] = []
+    keys: list[tuple[int, Phase, int, bool]] = []
     ancestors: list[int] = []  # bit sets of tasks
-    newest: dict[tuple[int, Phase, int], int] = {}
+    newest: dict[tuple[int, Phase, int, bool], int] = {}
+    leading_on = _leading_on(group_of)
     task_of: dict[Node, int] = {}
     for node in group_of:
         if node.target is operator.getitem:
@@ -162,7 +167,9 @@ def _tasks(graph: Graph, group_of: Mapping[Node, int], names: Sequence[str]) -> 
             members[task].append(node)
             task_of[node] = task
             continue
-        key = (group_of[node], info(node).phase, node.meta.get(MICROBATCH, 0))
+        phase = info(node).phase
+        is_last = phase is Phase.BACKWARD and node not in leading_on
+        key = (group_of[node], phase, node.meta.get(MICROBATCH, 0), is_last)
         before = {task_of[a] for a in node.all_input_nodes if a in task_of}
         needed = 0
         for other in before:
@@ -186,12 +193,24 @@ def _tasks(graph: Graph, group_of: Mapping[Node, int], names: Sequence[str]) -> 
     counts: dict[str, int] = {}
     tasks = []
     for index in order:
-        group_index, phase, part = keys[index]
-        name = f"{names[group_index]} {phase}" + (f" {part}" if phase is not Phase.UPDATE else "")
+        group_index, phase, part, is_last = keys[index]
+        name = f"{names[group_index]} {'gradients' if is_last else phase}" + (
+            f" {part}" if phase is not Phase.UPDATE else ""
+        )
         counts[name] = counts.get(name, 0) + 1
         suffix = f" ({counts[name]})" if counts[name] > 1 else ""
         tasks.append(Task(name + suffix, group_index, phase, part, tuple(members[index])))
     return tuple(tasks)
+
+
+def _leading_on(group_of: Mapping[Node, int]) -> set[Node]:
+    """The nodes that another group waits for before the update."""
+    found: set[Node] = set()
+    for node in reversed(group_of):
+        users = (user for user in node.users if user in group_of and info(user).phase is not Phase.UPDATE)
+        if any(user in found or group_of[user] != group_of[node] for user in users):
+            found.add(node)
+    return found
 
 
 def _sorted(members: list[list[Node]], task_of: Mapping[Node, int]) -> list[int]:
