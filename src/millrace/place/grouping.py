@@ -2,9 +2,9 @@
 
 A group is a module, or a block of a split layer: its forward, backward and update nodes and its variables. The heaviest
 groups are divided into their submodules until there are as many groups as may be. A task is the part of a group that
-belongs to one phase and one microbatch. Of the backward pass, what no other group waits for (the gradients of variables)
-is a task of its own, which can fill the time in which a device would wait. Where a task would have to run before and after
-another one, it is divided.
+belongs to one phase and one microbatch. Of the backward pass, what no other group waits for (the gradients of
+variables) is a task of its own, which can fill the time in which a device would wait. Where a task would have to run
+before and after another one, it is divided.
 
 Source of the two tasks of a backward pass: Qi, Wan, Huang, Lin, "Zero Bubble Pipeline Parallelism", 2023.
 """
@@ -206,7 +206,7 @@ def _tasks(graph: Graph, group_of: Mapping[Node, int], names: Sequence[str]) -> 
 def _leading_on(group_of: Mapping[Node, int]) -> set[Node]:
     """The nodes that another group waits for before the update."""
     found: set[Node] = set()
-    for node in reversed(group_of):
+    for node in reversed(list(group_of)):
         users = (user for user in node.users if user in group_of and info(user).phase is not Phase.UPDATE)
         if any(user in found or group_of[user] != group_of[node] for user in users):
             found.add(node)

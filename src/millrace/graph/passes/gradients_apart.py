@@ -30,8 +30,9 @@ def gradients_apart(graph: Graph) -> Graph:
 def _makes_both(node: Node) -> bool:
     if node.target is not aten.convolution_backward.default:
         return False
-    of_input, *of_variables = node.args[-1]  # type: ignore[misc]  # its output mask
-    return bool(of_input) and any(of_variables)
+    mask = node.args[-1]
+    assert isinstance(mask, list | tuple)
+    return bool(mask[0]) and any(mask[1:])
 
 
 def _divide(fx: torch.fx.Graph, node: Node) -> None:
