@@ -5,8 +5,8 @@ another operator that goes with it. Other devices have kernels of their own, eac
 the two operators as plain products and exponentials hand over the same two tensors, so that a forward pass and its
 backward pass may run on devices of different kinds.
 
-Source: Dao et al., "FlashAttention" (NeurIPS 2022), appendix B.2 and B.4: the gradient from the output and the logarithm
-of the row sums. Unlike there, the weights [B, H, T, S] are in memory as a whole.
+Source: Dao et al., "FlashAttention" (NeurIPS 2022), appendix B: the gradient from the output and the logarithm of the
+row sums. Unlike there, the weights [B, H, T, S] are in memory as a whole.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor

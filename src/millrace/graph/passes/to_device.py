@@ -52,8 +52,8 @@ def _moved(module: GraphModule, device: torch.device) -> GraphModule:
 def _retarget(node: Node, device: torch.device) -> None:
     named = [argument for argument in node.kwargs.values() if isinstance(argument, torch.device)]
     there = lambda a: device if isinstance(a, torch.device) else a  # noqa: E731
-    node.args = torch.fx.node.map_aggregate(node.args, there)  # type: ignore[assignment]
-    node.kwargs = torch.fx.node.map_aggregate(node.kwargs, there)  # type: ignore[assignment]
+    node.args = torch.fx.node.map_aggregate(node.args, there)
+    node.kwargs = torch.fx.node.map_aggregate(node.kwargs, there)
     if not isinstance(node.target, OpOverload):
         return
     takes_device = any(argument.name == "device" for argument in node.target._schema.arguments)
