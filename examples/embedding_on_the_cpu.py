@@ -1,4 +1,4 @@
-"""A table of embeddings that lives on the CPU, and the dense part of the model on a GPU: two wishes, and no other change.
+"""A table of embeddings that lives on the CPU, and the dense part of the model on a GPU: some wishes, no other change.
 
 In each step the rows of the words go to the GPU and their gradients come back, however large the table is; SGD updates
 only those rows. Without a GPU the two parts train in two CPU workers, to show the same thing.

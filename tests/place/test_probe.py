@@ -56,7 +56,7 @@ def test_what_a_user_may_call_the_devices() -> None:
     assert chosen_devices("gpu:1", 16, 3) == ({}, gpu(1))
     assert chosen_devices("all", 2, 3) == (cpu(1), gpu(0, 1, 2))
     assert chosen_devices("all", 4, 0) == (cpu(4), [])
-    assert chosen_devices(2, 16, 3) == (cpu(8, 8), [])
+    assert chosen_devices(2, 16, 3) == chosen_devices(["cpu:0", "cpu:1"], 16, 3) == (cpu(8, 8), [])
     assert chosen_devices([3, 1], 16, 3) == (cpu(3, 1), [])
 
 

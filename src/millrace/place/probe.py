@@ -59,7 +59,7 @@ def chosen_devices(devices: Wanted, cores: int, gpus: int) -> tuple[dict[str, in
     Returns: CPU worker -> its threads, and the GPUs, by their whole names.
     Raises: PlacementError.
     """
-    if devices is None or devices == ALL:
+    if devices in (None, ALL, [ALL]):
         devices = ["gpu", "cpu"] if gpus else ["cpu"]
     if isinstance(devices, str):
         devices = [devices]

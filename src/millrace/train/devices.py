@@ -26,14 +26,12 @@ def session_for(graph: Graph, plan: Plan, say: Say) -> AnySession:
     """
     if plan.devices is None:
         return Session(graph, compile=plan.compile, say=say)
-    cluster = cluster_of(plan.devices)
+    cluster, described = cluster_of(plan.devices)
     _refuse_distant(cluster)
     fused = plan.compile != "eager"
 
     def search(whole: Graph) -> Placement:
-        profile = (
-            None if isinstance(plan.devices, Cluster) else profile_on(workers, cluster.devices, whole, fused=fused)
-        )
+        profile = None if described else profile_on(workers, cluster.devices, whole, fused=fused)
         found = place(whole, cluster, plan.placement, seed=plan.seed, fused=fused, profile=profile)
         say(f"placed on {len(cluster.devices)} devices: {found.plan.note}")
         return found
@@ -54,8 +52,8 @@ def session_for(graph: Graph, plan: Plan, say: Say) -> AnySession:
         raise
 
 
-def cluster_of(devices: Devices) -> Cluster:
-    """The devices that a user means.
+def cluster_of(devices: Devices) -> tuple[Cluster, bool]:
+    """The devices that a user means, and whether it is the user who describes what they can do.
 
     Args: devices: a cluster; a cluster file, as a path or as text that ends in ".toml"; otherwise devices of this
         machine, as `local_cluster` takes them.
@@ -63,10 +61,10 @@ def cluster_of(devices: Devices) -> Cluster:
     Raises: PlacementError.
     """
     if isinstance(devices, Cluster):
-        return devices
+        return devices, True
     if isinstance(devices, Path) or (isinstance(devices, str) and devices.endswith(".toml")):
-        return read_cluster(Path(devices))
-    return local_cluster(devices)
+        return read_cluster(Path(devices)), True
+    return local_cluster(devices), False
 
 
 def _refuse_distant(cluster: Cluster) -> None:
