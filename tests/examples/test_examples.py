@@ -180,3 +180,11 @@ def test_a_cluster_that_one_does_not_have_is_planned_for(tmp_path: Path) -> None
     assert steps[1] <= steps[0]
     assert steps[3] <= steps[2]
     assert (tmp_path / "plan.json").exists()
+
+
+def test_a_table_on_the_cpu_learns_with_a_dense_part_elsewhere(tmp_path: Path) -> None:
+    printed = output("embedding_on_the_cpu.py", 400, "eager", cwd=tmp_path)
+    assert ("second CPU worker" in printed) != torch.cuda.is_available()
+    accuracy = re.search(r"accuracy ([\d.]+)", printed)
+    assert accuracy is not None
+    assert float(accuracy[1]) >= 0.85

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from millrace.compile.eager import compile_eager
 from millrace.errors import TraceError
 from millrace.graph.graph import Graph
+from millrace.graph.tracing import lstm
 from millrace.graph.training import training_graph
 
 KERNEL = "millrace.lstm_layer.default"
@@ -120,3 +121,28 @@ def test_packed_sequences_are_refused_with_a_way_out() -> None:
 
     with pytest.raises(TraceError, match=r"(?s)test_lstm\.py:\d+ in loss: .*mask"):
         training_graph(model, loss, torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(4, 3, 5))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_where_the_kernel_is_not_another_one_computes_the_same(reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x, h, c = torch.randn(5, 3, 4), torch.randn(3, 6), torch.randn(3, 6)
+    weights = [torch.randn(24, 4), torch.randn(24, 6), torch.randn(24), torch.randn(24)]
+    given = [torch.randn(5, 3, 6), torch.randn(3, 6), torch.randn(3, 6)]
+
+    def results() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        with torch.no_grad():  # as steps run
+            made = list(torch.ops.millrace.lstm_layer(x, *weights, h, c, reverse))
+            backward = torch.ops.millrace.lstm_layer_backward(x, weights, h, c, made, given, reverse)
+        return made, list(backward)
+
+    (made, gradients) = results()
+    lstm._workspace_bytes(5, 3, 4, 6, torch.float32)  # asks the kernel itself, once
+    monkeypatch.setattr(lstm, "_has_kernel", lambda x: False)
+    (elsewhere, gradients_elsewhere) = results()
+    torch.testing.assert_close(elsewhere[:3], made[:3], rtol=1e-4, atol=1e-5)
+    assert elsewhere[3].shape == made[3].shape
+    torch.testing.assert_close(gradients_elsewhere, gradients, rtol=1e-4, atol=1e-4)
+    assert not any(tensor.requires_grad for tensor in (*elsewhere, *gradients_elsewhere))
+    places = [tensor.untyped_storage().data_ptr() for tensor in (*elsewhere[:3], *gradients_elsewhere)]
+    assert len(set(places)) == len(places), "a node's results may not share memory"

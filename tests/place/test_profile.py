@@ -53,6 +53,18 @@ def graph_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Graph:
     return training_graph(model, lambda m, b: F.cross_entropy(m(b[0]), b[1]), optimizer, batch)
 
 
+class Silent:
+    """Workers that are not to be asked."""
+
+    def ask(self, messages: object, timeout_s: float) -> object:
+        raise AssertionError(messages)
+
+
+def test_a_gpu_keeps_to_its_rates() -> None:
+    profile = profile_on(Silent(), [Device("/host:0/gpu:0", "cuda", 1, RATES)], pictures(), fused=False)  # type: ignore[arg-type]
+    assert profile == Profile()
+
+
 @pytest.mark.parametrize("make", [pictures, sentences])
 @pytest.mark.parametrize("fused", [False, True])
 def test_every_kind_of_node_runs_on_noise(make: Callable[[], Graph], fused: bool) -> None:

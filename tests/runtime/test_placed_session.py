@@ -192,3 +192,23 @@ def test_nothing_is_left_when_a_session_is_closed(processes: ProcessWorkers) -> 
     for pid in processes.pids.values():
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_a_table_gets_only_the_rows_that_a_batch_touched() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    words, labels = torch.arange(6).view(2, 3), torch.arange(6) % 3
+    loss = lambda m, b: F.cross_entropy(m(b[0]).flatten(0, 1), b[1])  # noqa: E731
+    graph = training_graph(model, loss, torch.optim.SGD(model.parameters(), lr=0.1), (words, labels))
+    whole = Session(graph, compile="eager", copy=True)
+    with PlacedSession(graph, by_layer, ThreadWorkers(NAMES), compile="eager", timeout_s=SOON_S) as placed:
+        assert placed.homes["0.weight"] == NAMES[0]
+        for _ in range(3):
+            got, expected = (s.run(["train", "loss"], (words, labels))[1] for s in (placed, whole))
+            assert torch.equal(got, expected)
+        assert torch.equal(placed.read("0.weight"), whole.read("0.weight"))
+        cut = placed.partition(["train", "loss"], (words, labels))
+        assert max(edge.spec.size_bytes for edge in cut.edges) <= 6 * 4 * 8, "the table's whole gradient crosses"
+        targets = {str(n.target) for s in cut.programs[NAMES[0]].segments for n in s.graph.nodes}
+        assert "aten.index_put.default" in targets
+        assert "aten.embedding_dense_backward.default" not in targets

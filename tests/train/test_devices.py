@@ -12,8 +12,9 @@ from tests.small import cross_entropy, labelled, mlp
 from torch import nn
 
 import millrace
-from millrace.errors import PlacementError, SettingError
+from millrace.errors import PlacementError, SettingError, WorkerError
 from millrace.place.cluster import Cluster, Device, Link
+from millrace.place.cluster_file import write_cluster
 from millrace.train.model import Model
 
 QUIET: dict[str, Any] = {"compile": "eager", "progress": False, "run_dir": False}
@@ -45,6 +46,18 @@ def test_two_devices_train_as_one_does() -> None:
 
 def test_a_number_of_devices_means_workers_of_this_machine() -> None:
     same(trained(devices=2), trained())
+
+
+def test_a_cluster_file_and_another_transport(tmp_path: Path) -> None:
+    write_cluster(TWO, tmp_path / "two.toml")
+    same(trained(devices=str(tmp_path / "two.toml"), placement=APART, transport="gloo"), trained())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("devices", ["all", ["cpu:0", "gpu:0"], ["gpu:0"]])
+def test_gpus_train_as_a_cpu_does(devices: Any) -> None:
+    apart = {"0": "cpu", "2": "gpu"} if "cpu:0" in devices else None
+    same(trained(devices=devices, placement=apart, compile="tiered"), trained(), rtol=1e-7, atol=1e-8)
 
 
 def test_validation_checkpoints_and_resuming_see_the_devices_weights(tmp_path: Path) -> None:
@@ -107,10 +120,20 @@ def test_a_model_of_four_partitions_trains_on_four_devices(tmp_path: Path) -> No
 def test_settings_that_do_not_go_together_are_refused() -> None:
     with pytest.raises(SettingError, match="devices=2"):
         trained(microbatches=2)
-    with pytest.raises(SettingError, match="how many workers"):
-        trained(devices=0)
-    gpu = Cluster((Device("/host:0/gpu:0", "cuda", 1 << 30, RATES),))
-    with pytest.raises(PlacementError, match="CPU workers of one machine"):
-        trained(devices=gpu)
+    with pytest.raises(SettingError, match="transport"):
+        trained(transport="gloo")
+    with pytest.raises(SettingError, match="Did you mean 'gloo'"):
+        trained(devices=TWO, transport="glo")
+    for nothing in (0, "", [], True):
+        with pytest.raises(SettingError, match="how many CPU workers"):
+            trained(devices=nothing)
+    with pytest.raises(PlacementError, match="no 'gpu:77'"):
+        trained(devices=["cpu:0", "gpu:77"])
+    elsewhere = Cluster((*TWO.devices, Device("/host:1/cpu:0", "cpu", 1 << 30, RATES)), TWO.links)
+    with pytest.raises(PlacementError, match=r"the devices of one machine.*/host:1"):
+        trained(devices=elsewhere)
+    absent = Cluster((Device("/host:0/gpu:77", "cuda", 1 << 30, RATES),))
+    with pytest.raises(WorkerError, match="CUDA devices here"):
+        trained(devices=absent)
     with pytest.raises(PlacementError, match="fits no module path"):
         trained(devices=TWO, placement={"encoder": "cpu:0"})

@@ -34,7 +34,9 @@ def main(arguments: list[str]) -> None:
     options.add_argument("task", metavar="TASK", help="one of `millrace tasks`")
     add_settings(options)
     options.add_argument("--cluster", type=Path, metavar="FILE", help="the cluster; without it, this machine")
-    options.add_argument("--devices", type=int, default=1, metavar="N", help="workers on this machine (1)")
+    options.add_argument(
+        "--devices", type=_devices, default=1, metavar="N", help="CPU workers here (1), or gpu:0,cpu:0, or all"
+    )
     options.add_argument("--search", default="auto", metavar="NAME", help=f"one of {', '.join(ALGORITHMS)}")
     options.add_argument("--budget", type=float, metavar="SECONDS", help="how long to search")
     options.add_argument("--microbatches", type=int, default=1, metavar="N", help="parts of each batch (1)")
@@ -58,6 +60,10 @@ def main(arguments: list[str]) -> None:
         print(f"\n{given.out}: the timeline, to be opened at ui.perfetto.dev")
     if given.json:
         print_json(as_json(found))
+
+
+def _devices(text: str) -> int | list[str]:
+    return int(text) if text.lstrip("-").isdecimal() else text.split(",")
 
 
 def _wishes(assignments: list[str]) -> dict[str, str]:

@@ -144,8 +144,8 @@ def copy_fx(module: GraphModule) -> tuple[torch.fx.Graph, dict[Node, Node]]:
     return new, mapping
 
 
-def step_module(root: GraphModule, fx: torch.fx.Graph) -> GraphModule:
-    """The module of a changed copy of `root`'s graph; constants and subgraphs are shared with `root`.
+def step_module(root: GraphModule | dict[str, Any], fx: torch.fx.Graph) -> GraphModule:
+    """The module of a changed copy of `root`'s graph; constants and subgraphs are shared with `root`, or are in it.
 
     Its code is generated when it is first called, as between passes nobody calls it.
     """

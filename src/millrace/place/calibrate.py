@@ -58,8 +58,8 @@ def host_link_figures(*, measure_again: bool = False) -> Figures:
 
 
 def cuda_link_figures(device: str, *, measure_again: bool = False) -> Figures:
-    """Latency and rate ("latency_s", "bytes_per_s") between host memory and a GPU."""
-    key = f"link {device} {torch.cuda.get_device_name(device)}"
+    """Latency and rate ("latency_s", "bytes_per_s") between the worker of a GPU and another one's memory."""
+    key = f"path {device} {torch.cuda.get_device_name(device)}"
     return _kept(key, _LINK_KEYS, lambda: measure_cuda_link(device), measure_again)
 
 

@@ -38,7 +38,23 @@ class Device:
     @property
     def host(self) -> str:
         """The machine: "/host:0"."""
-        return self.name.rpartition("/")[0]
+        return host_of(self.name)
+
+    @property
+    def torch_device(self) -> str:
+        """What PyTorch calls it on its host: "cuda:1" for a GPU that is "/host:0/gpu:1".
+
+        Raises: PlacementError for a GPU whose name does not end in a number.
+        """
+        if self.kind == "cpu":
+            return "cpu"
+        index = self.name.rpartition(":")[2]
+        if not index.isdecimal():
+            raise PlacementError(
+                f"{self.name} is of kind {self.kind!r}, but its name does not say which one it is. "
+                'Name it as its host counts it: "/host:0/gpu:0".'
+            )
+        return f"{self.kind}:{int(index)}"
 
     def rate(self, operators: str, dtype: str) -> float:
         """What it reaches in a class of operators and a precision ("float32")."""
@@ -49,6 +65,11 @@ class Device:
     def among_others(self) -> Device:
         """The same device while all others of its host work."""
         return replace(self, rates={**self.rates, **self.busy_rates}, busy_rates={})
+
+
+def host_of(device: str) -> str:
+    """The machine of a device, by its name: "/host:0" for "/host:0/gpu:1"."""
+    return device.rpartition("/")[0]
 
 
 @dataclass(frozen=True)

@@ -28,18 +28,22 @@ from millrace.place.profile import kinds_of, measure
 from millrace.runtime.device import DeviceRunner
 from millrace.runtime.messages import Message, receive, send
 from millrace.runtime.transport.base import Transport
-from millrace.runtime.transport.shared_memory import connect
+from millrace.runtime.transport.choose import Meeting, connect
 
-Connect = Callable[[str, Sequence[Edge], Path, float], Transport]
+Connect = Callable[[str, Sequence[Edge], Meeting], Transport]
 _LIBRARIES_BYTES = 128 * 2**20  # of scratch that kernels, threads and loaded programs take beside the tensors
 _FOREVER_S = 10.0 * 365 * 86400  # the driver may think as long as it likes; when it ends, so does the worker
 
 
 class DeviceWorker:
-    """One device. variables: name -> tensor, updated in place by its steps."""
+    """One device. variables: name -> tensor, updated in place by its steps.
 
-    def __init__(self, device: str, connect: Connect) -> None:
+    torch_device: what PyTorch calls the device; variables and all that is computed are there.
+    """
+
+    def __init__(self, device: str, connect: Connect, torch_device: str = "cpu") -> None:
         self.device = device
+        self._torch_device = torch.device(torch_device)
         self.variables: dict[str, Tensor] = {}
         self._connect = connect
         self._programs: dict[int, tuple[DeviceRunner, Transport]] = {}
@@ -51,9 +55,7 @@ class DeviceWorker:
             answer: Message = getattr(self, f"_on_{message.kind}")(message.fields, message.tensors)
         except Exception as error:
             self.close()  # whoever waits for this device learns that nothing will come
-            known = type(error).__name__ if isinstance(error, MillraceError) else ""
-            text = str(error) if known else f"{type(error).__name__}: {error}"
-            return Message("error", {"type": known, "text": text})
+            return _error(error)
         return answer
 
     def close(self) -> None:
@@ -64,8 +66,18 @@ class DeviceWorker:
 
     def load(self, key: int, program: DeviceProgram, edges: Sequence[Edge], fields: Mapping[str, Any]) -> None:
         """Make a program ready to run under the number `key`."""
-        runner = DeviceRunner(program, edges, self.variables, compile=fields["compile"], say=self._said.append)
-        transport = self._connect(self.device, edges, Path(fields["meeting"]), fields["timeout_s"])
+        runner = DeviceRunner(
+            program,
+            edges,
+            self.variables,
+            device=self._torch_device,
+            compile=fields["compile"],
+            say=self._said.append,
+        )
+        meeting = Meeting(
+            fields["transport"], Path(fields["meeting"]), tuple(fields["devices"]), float(fields["timeout_s"])
+        )
+        transport = self._connect(self.device, edges, meeting)
         self._programs[key] = (runner, transport)
 
     def _on_program(self, fields: Mapping[str, Any], _: Mapping[str, Tensor]) -> Message:
@@ -82,7 +94,7 @@ class DeviceWorker:
             if name in self.variables:
                 self.variables[name].copy_(value)
             else:
-                self.variables[name] = value.clone()
+                self.variables[name] = value.to(self._torch_device, copy=True)
         return Message("written")
 
     def _on_read(self, fields: Mapping[str, Any], _: Mapping[str, Tensor]) -> Message:
@@ -93,7 +105,12 @@ class DeviceWorker:
             raise WorkerError(f"{self.device} has given up this program after an earlier error.")
         runner, transport = self._programs[fields["key"]]
         times: list[float] = []
-        note = (lambda _: times.append(time.monotonic())) if fields["timeline"] else _ignore
+
+        def note(_: Instruction | Run) -> None:
+            if fields["timeline"]:
+                runner.wait()  # for what came before: a GPU would still be at it
+                times.append(time.monotonic())
+
         transport.begin_step(fields["step"])
         values = runner.step(tensors, transport, fields["timeout_s"], note)
         if times:
@@ -102,12 +119,43 @@ class DeviceWorker:
         return Message("done", {"times": times, "said": said, "tiers": runner.tiers}, values)
 
 
-def _ignore(_: Instruction | Run) -> None:
-    pass
+def _error(error: Exception) -> Message:
+    known = type(error).__name__ if isinstance(error, MillraceError) else ""
+    return Message("error", {"type": known, "text": str(error) if known else f"{type(error).__name__}: {error}"})
 
 
-def _shared_memory(device: str, edges: Sequence[Edge], directory: Path, timeout_s: float) -> Transport:
-    return connect(device, edges, directory, timeout_s)
+def _begin(start: Mapping[str, Any]) -> DeviceWorker:
+    """The worker that the driver's first message asks for, and this process made ready for it."""
+    torch.set_num_threads(start["threads"])
+    torch.set_grad_enabled(False)
+    for name in start["imports"]:
+        importlib.import_module(name)
+    torch_device = torch.device(start["torch_device"])
+    if torch_device.type == "cuda":
+        _take_gpu(start["device"], torch_device, start["memory_bytes"])
+    elif start["memory_bytes"] is not None:
+        _hold_to(start["memory_bytes"])
+
+    def meet(device: str, edges: Sequence[Edge], meeting: Meeting) -> Transport:
+        return connect(device, edges, meeting, start["address"])
+
+    return DeviceWorker(start["device"], meet, start["torch_device"])
+
+
+def _take_gpu(name: str, device: torch.device, memory_bytes: int | None) -> None:
+    """Make a GPU this process's own one, and hold it to so much of its memory."""
+    count = torch.cuda.device_count()
+    if device.index >= count:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        seen = f" (CUDA_VISIBLE_DEVICES={visible})" if visible is not None else ""
+        raise WorkerError(
+            f"{name} is to run on {device}, but PyTorch {torch.__version__} sees {count} CUDA devices here{seen}. "
+            "`millrace devices` lists the devices of this machine: choose among those."
+        )
+    torch.cuda.set_device(device)
+    if memory_bytes is not None:
+        whole_bytes = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, memory_bytes / whole_bytes), device)
 
 
 def _hold_to(memory_bytes: int) -> None:
@@ -124,13 +172,11 @@ def main(arguments: list[str]) -> int:
     end_with(parent)
     connection = socket.socket(fileno=descriptor)
     start = receive(connection, _FOREVER_S, "the driver")
-    torch.set_num_threads(start.fields["threads"])
-    torch.set_grad_enabled(False)
-    for name in start.fields["imports"]:
-        importlib.import_module(name)
-    if start.fields["memory_bytes"] is not None:
-        _hold_to(start.fields["memory_bytes"])
-    worker = DeviceWorker(start.fields["device"], _shared_memory)
+    try:
+        worker = _begin(start.fields)
+    except Exception as error:
+        send(connection, _error(error), _FOREVER_S, "the driver")
+        return 1
     send(connection, Message("ready", {"pid": os.getpid()}), _FOREVER_S, "the driver")
     while True:
         try:

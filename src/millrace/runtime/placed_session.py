@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from millrace.compile.tiered import Say
-from millrace.errors import FeedError, FetchError, MillraceError, did_you_mean
+from millrace.errors import FeedError, FetchError, MillraceError, SettingError, did_you_mean
 from millrace.graph.graph import TRAIN, Graph, feed_key
 from millrace.graph.passes.microbatch import microbatch
 from millrace.graph.passes.prune import prune
+from millrace.graph.passes.sparse_rows import sparse_rows
 from millrace.graph.signature import TensorSpec
 from millrace.partition.cut import cut
 from millrace.partition.files import save_program
@@ -27,6 +28,7 @@ from millrace.runtime.messages import Message
 from millrace.runtime.ranges import Range, check_ranges, feed_ranges
 from millrace.runtime.save_nodes import SideGraph
 from millrace.runtime.session import Session
+from millrace.runtime.transport.choose import check_transport, choose
 from millrace.runtime.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -83,6 +85,8 @@ class PlacedSession:
         variables: name -> value, where they are not `graph.initial`.
         microbatches: into how many parts each batch is divided; a batch that cannot be divided so is divided into as
             many as can be. reduction: see `passes.microbatch`.
+        transport: how tensors travel: "shared_memory" or "gloo"; None: shared memory, and gloo where a step's devices
+            are on several hosts.
         compile: as for `Session`. timeout_s: how long any one wait may take, but for the compiler.
     """
 
@@ -95,12 +99,16 @@ class PlacedSession:
         *,
         microbatches: int = 1,
         reduction: str = "mean",
+        transport: str | None = None,
         compile: str = "tiered",
         timeout_s: float = 300.0,
         say: Say = log.info,
     ) -> None:
+        check_transport(transport)
+        _refuse_other_devices(graph)
         self.graph = graph
         self.microbatches = microbatches
+        self._transport = transport
         self.timeline: Timeline | None = None  # of the last step, while `watch_time` is set
         self.watch_time = False
         self._place = place
@@ -113,7 +121,8 @@ class PlacedSession:
         self._stale = False  # whether the devices have newer values than `variables`
         whole = _Shape(microbatch(graph, microbatches, reduction=reduction), microbatches)
         self._shapes: dict[Key, _Shape] = {_key(feed.spec for feed in graph.feeds): whole}
-        self.homes = dict(cut(whole.graph, place(whole.graph)).homes)
+        step = sparse_rows(whole.graph)
+        self.homes = dict(cut(step, place(step)).homes)
         self.push()
 
     def __enter__(self) -> PlacedSession:
@@ -286,7 +295,7 @@ class PlacedSession:
         if (key, names) not in self._programs:
             whole = self._shapes[key].graph
             wanted = tuple(dict.fromkeys(name for name in names if name != TRAIN))
-            part = prune(whole, wanted, whole.updates if TRAIN in names else ())
+            part = sparse_rows(prune(whole, wanted, whole.updates if TRAIN in names else ()))
             partition = cut(part, self._place(part), self.homes)
             program = _Program(len(self._programs), part, wanted, partition, feed_ranges(part))
             self._load(program)
@@ -294,19 +303,23 @@ class PlacedSession:
         return self._programs[key, names]
 
     def _load(self, program: _Program) -> None:
+        partition = program.partition
+        transport = choose(partition.edges, self._transport)
         base = self._workers.directory / f"program-{program.key}"
         meeting = base / "meeting"
         meeting.mkdir(parents=True, mode=0o700)
         messages = {}
-        for number, (device, each) in enumerate(program.partition.programs.items()):
+        for number, (device, each) in enumerate(partition.programs.items()):
             directory = base / str(number)
-            save_program(each, program.partition.edges, directory)
+            save_program(each, partition.edges, directory)
             messages[device] = Message(
                 "program",
                 {
                     "key": program.key,
                     "directory": str(directory),
                     "meeting": str(meeting),
+                    "transport": transport,
+                    "devices": list(partition.programs),
                     "compile": self._compile,
                     "timeout_s": self._timeout_s,
                 },
@@ -340,6 +353,16 @@ class PlacedSession:
         if self.watch_time:
             self.timeline = Timeline(program.partition, {d: a.fields["times"] for d, a in answers.items()})
         return answers
+
+
+def _refuse_other_devices(graph: Graph) -> None:
+    specs = [*(variable.spec for variable in graph.variables), *(feed.spec for feed in graph.feeds)]
+    elsewhere = sorted({spec.device for spec in specs} - {"cpu"})
+    if elsewhere:
+        raise SettingError(
+            f"a step that is to be divided over devices is traced on the CPU, but this one has tensors on "
+            f"{', '.join(elsewhere)}. Leave the model and its batches on the CPU: the devices get their parts of it."
+        )
 
 
 def _key(specs: Iterable[TensorSpec]) -> Key:

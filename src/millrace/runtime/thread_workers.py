@@ -14,6 +14,7 @@ from millrace.partition.program import Edge
 from millrace.runtime.device_worker import DeviceWorker
 from millrace.runtime.messages import Message
 from millrace.runtime.transport.base import Transport
+from millrace.runtime.transport.choose import Meeting
 from millrace.runtime.transport.in_process import InProcessTransport, connect
 from millrace.runtime.workers import raise_answered
 
@@ -48,8 +49,8 @@ class ThreadWorkers:
         self._pool.shutdown()
         self._temporary.cleanup()
 
-    def _connect(self, device: str, edges: Sequence[Edge], meeting: Path, _: float) -> Transport:
-        with self._lock:
-            if meeting not in self._met:
-                self._met[meeting] = connect(self._devices, edges)
-            return self._met[meeting][device]
+    def _connect(self, device: str, edges: Sequence[Edge], meeting: Meeting) -> Transport:
+        with self._lock:  # whatever transport was asked for: they have one memory
+            if meeting.directory not in self._met:
+                self._met[meeting.directory] = connect(self._devices, edges)
+            return self._met[meeting.directory][device]

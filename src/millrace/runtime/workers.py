@@ -22,6 +22,7 @@ from millrace.place.cluster import Device
 from millrace.runtime.messages import LONGEST_WAIT_S, Message, receive, send, silent
 
 _START_TIMEOUT_S = 120.0
+_LOOPBACK = "127.0.0.1"  # all are here
 _GRACE_S = 3.0  # for the others to answer once one has failed
 
 
@@ -44,11 +45,11 @@ class Workers(Protocol):
 
 
 class ProcessWorkers:
-    """One process on this host for each device.
+    """One process on this host for each device, whatever host its name says: a CPU with its threads, or a GPU.
 
     imports: modules that every worker imports first, for operators that they register. hold_to_memory: whether a
-    worker may not take more for its data than the device's memory (and 128 MiB for libraries); asking for more is then
-    an error of the step.
+    worker may not take more for its data than the device's memory (and on a CPU 128 MiB for libraries); asking for
+    more is then an error of the step.
     """
 
     def __init__(self, devices: Sequence[Device], *, imports: Sequence[str] = (), hold_to_memory: bool = False) -> None:
@@ -62,21 +63,25 @@ class ProcessWorkers:
             with theirs, open(self._log(device.name), "wb") as log:
                 self._children[device.name] = _start(theirs, log, device)
             self._connections[device.name] = ours
-        self.ask(
-            {
-                device.name: Message(
-                    "start",
-                    {
-                        "device": device.name,
-                        "threads": device.threads,
-                        "imports": list(imports),
-                        "memory_bytes": device.memory_bytes if hold_to_memory else None,
-                    },
-                )
-                for device in devices
-            },
-            _START_TIMEOUT_S,
-        )
+        messages = {
+            device.name: Message(
+                "start",
+                {
+                    "device": device.name,
+                    "torch_device": device.torch_device,
+                    "threads": device.threads,
+                    "imports": list(imports),
+                    "memory_bytes": device.memory_bytes if hold_to_memory else None,
+                    "address": _LOOPBACK,
+                },
+            )
+            for device in devices
+        }
+        try:
+            self.ask(messages, _START_TIMEOUT_S)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def pids(self) -> dict[str, int]:

@@ -68,9 +68,11 @@ def fit(
         schedule: step -> factor on the learning rates of a `torch.optim` optimizer (`millrace.optim` has its own).
         accumulate: update on the mean gradient of this many steps.
         partitions: divide wide layers into so many blocks (`graph.passes.splitting`), which all run on `device`.
-        devices: how many worker processes of this machine to divide the graph over, or a `Cluster` of them. None: train
-            in this process. placement: wishes, such as {"encoder.*": "cpu:0"}; see `millrace.place.hints.Hints`.
+        devices: what to divide the graph over, each a worker process of this machine: a number of CPU workers, names
+            (["gpu:0", "gpu:1", "cpu:0"]), "all" for every GPU and a CPU worker, a `Cluster`, or a cluster file. None:
+            train in this process. placement: wishes, such as {"encoder.*": "gpu:0"}; see `millrace.place.hints.Hints`.
             microbatches: into how many parts to divide each batch, so that the devices work at the same time.
+            transport: "shared_memory" or "gloo"; None: as the devices' hosts allow.
         steps_per_call: run this many steps in one compiled call (for small models).
         seed: of the data's order and of the step's random numbers (not of the model's initial weights).
         evaluate_every, checkpoint_every: in steps; by default at the end of every epoch.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -14,7 +14,10 @@ from millrace.errors import SettingError, did_you_mean
 from millrace.graph.training import PRECISIONS
 from millrace.place.cluster import Cluster
 from millrace.place.hints import Hints
+from millrace.runtime.transport.choose import check_transport
 from millrace.train.early_stopping import EarlyStopping
+
+Devices = int | str | Path | Sequence[int] | Sequence[str] | Cluster
 
 
 class PlanSettings(TypedDict, total=False):
@@ -26,9 +29,10 @@ class PlanSettings(TypedDict, total=False):
     schedule: Callable[[Tensor], Tensor] | None
     accumulate: int
     partitions: int
-    devices: int | Cluster | None
+    devices: Devices | None
     placement: Hints | Mapping[str, str] | None
     microbatches: int
+    transport: str | None
     compile: str
     steps_per_call: int
     seed: int
@@ -64,9 +68,10 @@ class Plan:
     schedule: Callable[[Tensor], Tensor] | None = None
     accumulate: int = 1
     partitions: int = 1
-    devices: int | Cluster | None = None
+    devices: Devices | None = None
     placement: Hints | Mapping[str, str] | None = None
     microbatches: int = 1
+    transport: str | None = None
     compile: str = "tiered"
     steps_per_call: int = 1
     seed: int = 0
@@ -106,12 +111,18 @@ class Plan:
             raise SettingError("resume=True needs the run to go on with: pass run_dir='runs/…'")
 
     def _check_objects(self) -> None:
-        if not isinstance(self.devices, int | Cluster | None) or isinstance(self.devices, bool) or self.devices == 0:
+        known = isinstance(self.devices, int | str | Path | Sequence | Cluster | None)
+        if not known or isinstance(self.devices, bool) or self.devices in (0, "", [], ()):
             raise SettingError(
-                f"devices={self.devices!r}: expected how many workers to use on this machine, or a Cluster"
+                f"devices={self.devices!r}: expected how many CPU workers to use on this machine, names such as "
+                '["gpu:0", "cpu:0"], "all" for every device of this machine, a cluster file, or a Cluster'
             )
-        if self.devices is None and (self.placement is not None or self.microbatches > 1):
-            raise SettingError("placement=… and microbatches=… are for several devices: pass devices=2, or a Cluster")
+        if self.devices is None and (self.placement is not None or self.microbatches > 1 or self.transport is not None):
+            raise SettingError(
+                "placement=…, microbatches=… and transport=… are for several devices: pass devices=2, or names, or a "
+                "Cluster"
+            )
+        check_transport(self.transport)
         if not isinstance(self.early_stopping, EarlyStopping | None):
             raise SettingError(
                 f"early_stopping={self.early_stopping!r}: expected an EarlyStopping, such as EarlyStopping(patience=3)"

@@ -1,8 +1,9 @@
-"""LSTM layers as single nodes on the CPU.
+"""LSTM layers as single nodes, for models that are traced on the CPU.
 
 PyTorch's oneDNN kernel runs a whole layer over time at once, but hides the size of its workspace from shape
 propagation; written out in ATen, a layer is some forty nodes for every step of time, slower and long to compile. Here
-a layer is the node `millrace::lstm_layer` and its gradient another, both around PyTorch's kernel.
+a layer is the node `millrace::lstm_layer` and its gradient another, both around PyTorch's kernel. On a device of
+another kind the two nodes call `torch.lstm`, which takes that device's kernel; the gradient computes the layer anew.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ def lstm_layer(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One direction of one layer: outputs [T, B, H], last h and c [B, H], and the kernel's workspace [bytes]."""
+    if not _has_kernel(x_TBI):
+        time, batch, width = x_TBI.shape
+        size = _workspace_bytes(time, batch, width, h_BH.shape[-1], x_TBI.dtype)  # as the graph says; nobody reads it
+        layer = _layer_elsewhere(x_TBI, (w_GI, w_GH, b_G, c_G), h_BH, c_BH, reverse)
+        return *layer, x_TBI.new_empty(size, dtype=torch.uint8)
     # The kernel leaves the workspace out unless gradients are on.
     with torch.enable_grad():
         found = aten.mkldnn_rnn_layer(
@@ -41,6 +47,20 @@ def lstm_layer(
         )
     # The kernel's last state is a view of its outputs.
     return found[0], found[1].clone(), found[2].clone(), found[3]
+
+
+def _has_kernel(x_TBI: Tensor) -> bool:
+    return x_TBI.device.type == "cpu"
+
+
+def _layer_elsewhere(
+    x_TBI: Tensor, weights: Sequence[Tensor], h_BH: Tensor, c_BH: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs, last h and last c by `torch.lstm`."""
+    x_TBI = x_TBI.flip(0) if reverse else x_TBI
+    # cuDNN has no gradient but for training.
+    y_TBH, h_1BH, c_1BH = torch.lstm(x_TBI, (h_BH[None], c_BH[None]), list(weights), True, 1, 0.0, True, False, False)
+    return y_TBH.flip(0) if reverse else y_TBH.clone(), h_1BH[0].clone(), c_1BH[0].clone()
 
 
 @lstm_layer.register_fake
@@ -80,6 +100,16 @@ def lstm_layer_backward(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, four weights, h and c. outputs: the four of the layer; gradients: of the first three."""
+    if not _has_kernel(x_TBI):
+
+        def layer(x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return _layer_elsewhere(x, rest[:4], rest[4], rest[5], reverse)
+
+        # Inside an operator there is no autograd; a function transform makes its own.
+        with torch.enable_grad():
+            found = torch.func.vjp(layer, x_TBI, *weights, h_BH, c_BH)[1](tuple(gradients))
+        dx, dw_GI, dw_GH, db_G, dc_G, dh_BH, dc_BH = (gradient.clone() for gradient in found)
+        return dx, dw_GI, dw_GH, db_G, dc_G, dh_BH, dc_BH
     y, last_h, last_c, workspace = outputs
     hidden = h_BH.shape[-1]
     found = aten.mkldnn_rnn_layer_backward(

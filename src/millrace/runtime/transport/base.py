@@ -58,7 +58,7 @@ class Transport(ABC):
 
         Args:
             edge_number: of an edge that begins here.
-            tensor: of the edge's shape and dtype, with any strides.
+            tensor: of the edge's shape and dtype, with any strides, on any device; one of a GPU is waited for.
 
         Raises:
             GraphError: the edge does not begin here, or the tensor is of another shape or dtype.
