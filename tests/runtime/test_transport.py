@@ -245,4 +245,4 @@ def test_slots_are_aligned_and_apart(seed: int, count: int) -> None:
     for edge in edges:
         offset = offsets[edge.number]
         assert offset % 64 == 0
-        assert offset + 64 + edge.spec.size_bytes <= ends[ends.index(offset) + 1]
+        assert offset + 64 + edge.carried.size_bytes <= ends[ends.index(offset) + 1]

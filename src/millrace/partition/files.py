@@ -29,7 +29,7 @@ def save_program(program: DeviceProgram, edges: Sequence[Edge], directory: Path)
         "segments": [{"inputs": s.inputs, "tasks": s.tasks} for s in program.segments],
         "instructions": [_encode(instruction) for instruction in program.instructions],
         "edges": [
-            [e.number, e.source, e.target, e.value, list(e.spec.shape), str(e.spec.dtype).removeprefix("torch.")]
+            [e.number, e.source, e.target, e.value, list(e.spec.shape), str(e.spec.dtype)[len("torch.") :], e.codec]
             for e in edges
         ],
     }
@@ -54,8 +54,8 @@ def load_program(directory: Path) -> tuple[DeviceProgram, tuple[Edge, ...]]:
         sent_variables=document["sent_variables"],
     )
     edges = tuple(
-        Edge(number, source, target, value, TensorSpec(tuple(shape), getattr(torch, dtype)))
-        for number, source, target, value, shape, dtype in document["edges"]
+        Edge(number, source, target, value, TensorSpec(tuple(shape), getattr(torch, dtype)), codec)
+        for number, source, target, value, shape, dtype, codec in document["edges"]
     )
     return program, edges
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 from millrace.graph.graph import Graph
 from millrace.graph.signature import TensorSpec, Variable
+from millrace.place.wire import expected_bytes
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,7 @@ class Edge:
     """A tensor that goes from one device to another, once a step.
 
     value: the name of the node that makes it, or of the variable that it is (its value before the step).
+    codec: how it is narrowed on the way, one of `place.wire.CODECS`; None: not at all.
     """
 
     number: int
@@ -25,6 +29,12 @@ class Edge:
     target: str
     value: str
     spec: TensorSpec
+    codec: str | None = None
+
+    @property
+    def carried(self) -> TensorSpec:
+        """What it carries: the tensor, or as many bytes of its code as the tensor itself would take at most."""
+        return self.spec if self.codec is None else TensorSpec((self.spec.size_bytes,), torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -101,5 +111,5 @@ class Partition:
     homes: Mapping[str, str] = field(default_factory=dict)
 
     def crossing_bytes(self) -> int:
-        """Bytes that go over links in a step."""
-        return sum(edge.spec.size_bytes for edge in self.edges)
+        """Bytes that go over links in a step; where that depends on the values, the most that it can be."""
+        return sum(expected_bytes(edge.codec, edge.spec) for edge in self.edges)

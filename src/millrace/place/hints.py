@@ -16,7 +16,7 @@ from millrace.graph.graph import Graph, info
 from millrace.graph.signature import Phase
 from millrace.place.cluster import Cluster
 from millrace.place.grouping import Grouping
-from millrace.place.paths import path_of
+from millrace.place.paths import inside, path_of
 
 _KINDS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda"}
 _BACKENDS = {"cpu": "CPU", "cuda": "CUDA"}
@@ -59,7 +59,7 @@ def label_of(node: Node, path: str, hints: Hints) -> str:
     Args: path: the module that the node is counted to, also where it runs outside of all.
     """
     for patterns in hints.together:
-        if any(_inside(path, pattern) for pattern in patterns):
+        if any(inside(path, pattern) for pattern in patterns):
             return " + ".join(patterns)
     devices = dict.fromkeys(demand.device for demand in demands_of(node, path, hints))
     return "".join(f" on {device}" for device in devices)
@@ -71,7 +71,7 @@ def demands_of(node: Node, path: str, hints: Hints) -> list[Demand]:
     found = [
         Demand(device, f"module {path!r} matches {pattern!r}, which is to be on {device}")
         for pattern, device in hints.modules.items()
-        if path and _inside(path, pattern)
+        if path and inside(path, pattern)
     ]
     if known.phase is Phase.UPDATE and known.variable:
         found += [
@@ -147,18 +147,12 @@ def _devices(cluster: Cluster, written: str) -> np.ndarray:
     return np.array([device is cluster.device(written) for device in cluster.devices])
 
 
-def _inside(path: str, pattern: str) -> bool:
-    """Whether a module matches a pattern, or lies in one that does."""
-    parts = path.split(".")
-    return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
-
-
 def _refuse_idle(graph: Graph, hints: Hints) -> None:
     """A hint that fits nothing is a misspelt one."""
     paths = {path_of(node) for node in graph.nodes} - {""}
     owners = {info(node).variable for node in graph.nodes if info(node).phase is Phase.UPDATE}
     targets = {str(node.target) for node in graph.nodes}
-    _check("module path", [*hints.modules, *(p for group in hints.together for p in group)], paths, _inside)
+    _check("module path", [*hints.modules, *(p for group in hints.together for p in group)], paths, inside)
     _check("trained variable", hints.variables, owners, fnmatchcase)
     _check("operator", hints.operators, targets, fnmatchcase)
 

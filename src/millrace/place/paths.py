@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+
 from torch.fx import Node
 
 from millrace.graph.graph import info
@@ -17,3 +19,9 @@ def path_of(node: Node) -> str:
     if scope in ("", SHARED):
         return ""
     return scope if block is None else f"{scope}.block {block}"
+
+
+def inside(path: str, pattern: str) -> bool:
+    """Whether a module matches a pattern, or lies in one that does."""
+    parts = path.split(".")
+    return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))

@@ -116,7 +116,8 @@ class DeviceWorker:
         if times:
             times.append(time.monotonic())
         said, self._said[:] = list(self._said), []
-        return Message("done", {"times": times, "said": said, "tiers": runner.tiers}, values)
+        done = {"times": times, "said": said, "tiers": runner.tiers, "sent": list(transport.sent_bytes.items())}
+        return Message("done", done, values)
 
 
 def _error(error: Exception) -> Message:

@@ -20,8 +20,10 @@ from millrace.graph.passes.sparse_rows import sparse_rows
 from millrace.graph.signature import TensorSpec
 from millrace.partition.cut import cut
 from millrace.partition.files import save_program
+from millrace.partition.narrow import narrow
 from millrace.partition.pieces import Piece
 from millrace.partition.program import Partition
+from millrace.place.wire import Wire
 from millrace.runtime.aliasing import Memory
 from millrace.runtime.feeds import FeedReader, Key
 from millrace.runtime.messages import Message
@@ -29,6 +31,7 @@ from millrace.runtime.ranges import Range, check_ranges, feed_ranges
 from millrace.runtime.save_nodes import SideGraph
 from millrace.runtime.session import Session
 from millrace.runtime.transport.choose import check_transport, choose
+from millrace.runtime.wire_bytes import Reported, WireBytes, sent_in_step
 from millrace.runtime.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -44,11 +47,12 @@ class Timeline:
     """What every device did in one step.
 
     times: device -> the moments at which its instructions began and the last one ended, in seconds of the host's
-    monotonic clock.
+    monotonic clock. wire: what it sent.
     """
 
     partition: Partition
     times: Mapping[str, Sequence[float]]
+    wire: WireBytes
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class _Program:
     partition: Partition
     ranges: tuple[Range, ...]
     tiers: dict[str, list[str]] = field(default_factory=dict)
+    is_new: bool = True  # no step has been taken yet
 
 
 class PlacedSession:
@@ -87,6 +92,8 @@ class PlacedSession:
             many as can be. reduction: see `passes.microbatch`.
         transport: how tensors travel: "shared_memory" or "gloo"; None: shared memory, and gloo where a step's devices
             are on several hosts.
+        wire: how tensors are narrowed on their way between devices: "bfloat16", "int8" or "zeros", or a mapping from
+            patterns of modules or tensors to these, such as {"encoder.*": "int8"}; see `place.wire`. None: not at all.
         compile: as for `Session`. timeout_s: how long any one wait may take, but for the compiler.
     """
 
@@ -100,6 +107,7 @@ class PlacedSession:
         microbatches: int = 1,
         reduction: str = "mean",
         transport: str | None = None,
+        wire: Wire | Mapping[str, str] | str | None = None,
         compile: str = "tiered",
         timeout_s: float = 300.0,
         say: Say = log.info,
@@ -116,10 +124,13 @@ class PlacedSession:
         self._compile, self._reduction, self._timeout_s, self._say = compile, reduction, timeout_s, say
         self._programs: dict[tuple[Key, tuple[str, ...]], _Program] = {}
         self._step = 0
+        self._wire = Wire.of(wire)
+        self._sent: tuple[Partition, list[Reported]] | None = None  # of the last step
         self._reader = FeedReader(graph, Memory([]))
         self._own = Session(graph, variables, compile="eager", say=say)
         self._stale = False  # whether the devices have newer values than `variables`
         whole = _Shape(microbatch(graph, microbatches, reduction=reduction), microbatches)
+        self._wire.check(whole.graph)
         self._shapes: dict[Key, _Shape] = {_key(feed.spec for feed in graph.feeds): whole}
         step = sparse_rows(whole.graph)
         self.homes = dict(cut(step, place(step)).homes)
@@ -161,6 +172,13 @@ class PlacedSession:
         """How the graph of these fetches is cut, for batches like `feed` (or the first one)."""
         names = (fetches,) if isinstance(fetches, str) else tuple(fetches)
         return self._program(names, next(iter(self._shapes)) if feed is None else self._reader.read(feed).key).partition
+
+    def wire_bytes(self) -> WireBytes:
+        """What the last step sent from device to device, edge by edge, and what it would have sent without narrowing.
+
+        Empty before the first step.
+        """
+        return WireBytes(()) if self._sent is None else sent_in_step(*self._sent)
 
     @property
     def last_tier(self) -> str:
@@ -296,7 +314,7 @@ class PlacedSession:
             whole = self._shapes[key].graph
             wanted = tuple(dict.fromkeys(name for name in names if name != TRAIN))
             part = sparse_rows(prune(whole, wanted, whole.updates if TRAIN in names else ()))
-            partition = cut(part, self._place(part), self.homes)
+            partition = narrow(cut(part, self._place(part), self.homes), part, self._wire)
             program = _Program(len(self._programs), part, wanted, partition, feed_ranges(part))
             self._load(program)
             self._programs[key, names] = program
@@ -350,8 +368,14 @@ class PlacedSession:
             program.tiers[device] = answer.fields["tiers"]
             for line in answer.fields["said"]:
                 self._say(f"{device}: {line}")
+        self._sent = program.partition, [answer.fields["sent"] for answer in answers.values()]
+        if program.is_new:
+            program.is_new = False
+            if any(edge.codec for edge in program.partition.edges):
+                self._say(f"between the devices: {self.wire_bytes()}")
         if self.watch_time:
-            self.timeline = Timeline(program.partition, {d: a.fields["times"] for d, a in answers.items()})
+            times = {device: answer.fields["times"] for device, answer in answers.items()}
+            self.timeline = Timeline(program.partition, times, self.wire_bytes())
         return answers
 
 

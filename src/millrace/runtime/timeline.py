@@ -28,6 +28,7 @@ def measured_spans(timeline: Timeline) -> list[Span]:
             if isinstance(instruction, Recv):
                 spans.append(Span(f"{device} waits", f"{edge.value} from {edge.source}", begin, end, "wait"))
             else:
-                name = f"{edge.value} to {edge.target}"
-                spans.append(Span(f"{device} sends", name, begin, end, "transfer", edge.spec.size_bytes))
+                name = f"{edge.value} to {edge.target}" + (f" as {edge.codec}" if edge.codec else "")
+                size_bytes = timeline.wire.of(edge.number)
+                spans.append(Span(f"{device} sends", name, begin, end, "transfer", size_bytes))
     return spans

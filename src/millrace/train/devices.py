@@ -44,6 +44,7 @@ def session_for(graph: Graph, plan: Plan, say: Say) -> AnySession:
             workers,
             microbatches=plan.microbatches,
             transport=plan.transport,
+            wire=plan.wire,
             compile=plan.compile,
             say=say,
         )

@@ -73,6 +73,8 @@ def fit(
             train in this process. placement: wishes, such as {"encoder.*": "gpu:0"}; see `millrace.place.hints.Hints`.
             microbatches: into how many parts to divide each batch, so that the devices work at the same time.
             transport: "shared_memory" or "gloo"; None: as the devices' hosts allow.
+            wire: narrow what they send each other: "bfloat16", "int8", "zeros" (exact), or a mapping such as
+            {"encoder.*": "int8"}; see docs/placement.md.
         steps_per_call: run this many steps in one compiled call (for small models).
         seed: of the data's order and of the step's random numbers (not of the model's initial weights).
         evaluate_every, checkpoint_every: in steps; by default at the end of every epoch.

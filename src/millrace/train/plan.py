@@ -14,6 +14,7 @@ from millrace.errors import SettingError, did_you_mean
 from millrace.graph.training import PRECISIONS
 from millrace.place.cluster import Cluster
 from millrace.place.hints import Hints
+from millrace.place.wire import Wire
 from millrace.runtime.transport.choose import check_transport
 from millrace.train.early_stopping import EarlyStopping
 
@@ -33,6 +34,7 @@ class PlanSettings(TypedDict, total=False):
     placement: Hints | Mapping[str, str] | None
     microbatches: int
     transport: str | None
+    wire: Mapping[str, str] | str | None
     compile: str
     steps_per_call: int
     seed: int
@@ -72,6 +74,7 @@ class Plan:
     placement: Hints | Mapping[str, str] | None = None
     microbatches: int = 1
     transport: str | None = None
+    wire: Mapping[str, str] | str | None = None
     compile: str = "tiered"
     steps_per_call: int = 1
     seed: int = 0
@@ -117,12 +120,14 @@ class Plan:
                 f"devices={self.devices!r}: expected how many CPU workers to use on this machine, names such as "
                 '["gpu:0", "cpu:0"], "all" for every device of this machine, a cluster file, or a Cluster'
             )
-        if self.devices is None and (self.placement is not None or self.microbatches > 1 or self.transport is not None):
+        apart = {"placement": self.placement, "transport": self.transport, "wire": self.wire}
+        if self.devices is None and (self.microbatches > 1 or any(value is not None for value in apart.values())):
             raise SettingError(
-                "placement=…, microbatches=… and transport=… are for several devices: pass devices=2, or names, or a "
-                "Cluster"
+                "placement=…, microbatches=…, transport=… and wire=… are for several devices: pass devices=2, or names, "
+                "or a Cluster"
             )
         check_transport(self.transport)
+        Wire.of(self.wire)
         if not isinstance(self.early_stopping, EarlyStopping | None):
             raise SettingError(
                 f"early_stopping={self.early_stopping!r}: expected an EarlyStopping, such as EarlyStopping(patience=3)"

@@ -8,6 +8,8 @@ What the driver promises: it begins every step on all workers, each only when th
 finished or given up, and gives every step a greater number than all before it, also when it tries one again. So the
 buffers of an edge are free when a step begins, and a message that carries a smaller number belongs to a step that was
 given up: it is dropped. One that carries a greater number says that the waiting worker itself has been left behind.
+
+Where an edge has a codec, what crosses is the tensor's code, made by the sender and undone by the receiver.
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from millrace.errors import GraphError, WorkerError
 from millrace.graph.signature import TensorSpec
 from millrace.partition.program import Edge
+from millrace.runtime.transport.codecs import decode, encode
 
 
 class Transport(ABC):
@@ -30,6 +34,8 @@ class Transport(ABC):
     Args:
         device: the worker's device.
         edges: all edges of the partition, in the same order for every worker; those of other pairs are ignored.
+
+    sent_bytes: edge number -> bytes of the code that was sent this step, for edges that have a codec.
     """
 
     def __init__(self, device: str, edges: Iterable[Edge]) -> None:
@@ -38,6 +44,9 @@ class Transport(ABC):
         self.outgoing = {edge.number: edge for edge in edges if edge.source == device}
         self.incoming = {edge.number: edge for edge in edges if edge.target == device}
         self.step = -1
+        self.sent_bytes: dict[int, int] = {}
+        self._last_code: tuple[str, Tensor] | None = None  # of the value that was encoded last
+        self._decoded: dict[int, Tensor] = {}  # edge number -> the tensor that its code is turned into
 
     def begin_step(self, step: int) -> None:
         """Say which step the following sends and receives are of. Tensors received in the step before end here.
@@ -51,6 +60,8 @@ class Transport(ABC):
                 "Every step needs a greater number than the one before, also when it is tried again."
             )
         self.step = step
+        self.sent_bytes.clear()
+        self._last_code = None
         self._on_begin_step()
 
     def send(self, edge_number: int, tensor: Tensor) -> None:
@@ -59,6 +70,7 @@ class Transport(ABC):
         Args:
             edge_number: of an edge that begins here.
             tensor: of the edge's shape and dtype, with any strides, on any device; one of a GPU is waited for.
+                The same, where one value is sent on several edges.
 
         Raises:
             GraphError: the edge does not begin here, or the tensor is of another shape or dtype.
@@ -69,7 +81,7 @@ class Transport(ABC):
             raise GraphError(f"{self.device} is to send on edge {edge_number}, which does not begin there.")
         if not edge.spec.fits(tensor):
             raise GraphError(f"{describe(edge)} carries {edge.spec}, but {TensorSpec.of(tensor)} was to be sent.")
-        self._put(edge, tensor.detach())
+        self._put(edge, tensor.detach() if edge.codec is None else self._encoded(edge, edge.codec, tensor))
 
     def recv(self, edge_number: int, timeout_s: float) -> Tensor:
         """Wait for the tensor of this step on an edge.
@@ -79,7 +91,8 @@ class Transport(ABC):
             timeout_s: seconds to wait at most.
 
         Returns:
-            A contiguous tensor in CPU memory that holds the sender's values bit for bit until the next `begin_step`.
+            A contiguous tensor in CPU memory that holds the sender's values until the next `begin_step`: bit for bit,
+            or as near as the edge's codec brings them.
 
         Raises:
             GraphError: the edge does not end here.
@@ -88,7 +101,24 @@ class Transport(ABC):
         edge = self.incoming.get(edge_number)
         if edge is None:
             raise GraphError(f"{self.device} is to receive on edge {edge_number}, which does not end there.")
-        return self._take(edge, timeout_s)
+        found = self._take(edge, timeout_s)
+        if edge.codec is None:
+            return found
+        if edge_number not in self._decoded:
+            self._decoded[edge_number] = torch.empty(edge.spec.shape, dtype=edge.spec.dtype)
+        decode(edge.codec, found, self._decoded[edge_number])
+        return self._decoded[edge_number]
+
+    def _encoded(self, edge: Edge, codec: str, tensor: Tensor) -> Tensor:
+        """The code of a tensor; a value that goes to several devices is encoded once."""
+        if self._last_code is not None and self._last_code[0] == edge.value:
+            code = self._last_code[1]
+        else:
+            code = encode(codec, tensor)
+            # A tensor that travels as it is may lie in the caller's memory, and change.
+            self._last_code = (edge.value, code) if code.nbytes < edge.spec.size_bytes else None
+        self.sent_bytes[edge.number] = code.nbytes
+        return code
 
     @abstractmethod
     def close(self) -> None:
@@ -98,10 +128,12 @@ class Transport(ABC):
     def _on_begin_step(self) -> None: ...
 
     @abstractmethod
-    def _put(self, edge: Edge, tensor: Tensor) -> None: ...
+    def _put(self, edge: Edge, tensor: Tensor) -> None:
+        """Carry a tensor of the kind `edge.carried`; a code may be shorter."""
 
     @abstractmethod
-    def _take(self, edge: Edge, timeout_s: float) -> Tensor: ...
+    def _take(self, edge: Edge, timeout_s: float) -> Tensor:
+        """What was put there, as long as it was."""
 
     def __enter__(self) -> Self:
         return self

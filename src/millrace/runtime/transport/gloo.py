@@ -1,10 +1,12 @@
 """Workers on several hosts: gloo's point-to-point messages over TCP, one tag for each edge.
 
-A message is 64 bytes that hold the step, then the tensor's bytes. Receives are posted when the step begins, so that
-data comes in while the worker computes. What gloo is like, and how that is met:
+A message is 64 bytes that hold the step, then the tensor's bytes, or its code, whose length stands beside the step.
+Receives are posted when the step begins, so that data comes in while the worker computes. What gloo is like, and how
+that is met:
 
 - Whether an operation is done cannot be asked, only waited for. The buffer of a send is waited for when the next step
   needs it. Every message finds a receive that is posted for it, also when its step is given up, so that this is short.
+- A message may be shorter than the receive that is posted for it, so codes of any length fit.
 - A wait that runs out of time closes all connections of the group. So a time-out ends this transport, and the peers
   see that: after an error, make a new one.
 """
@@ -32,21 +34,31 @@ _TIMED_OUT = "Timed out"
 
 
 class _Frame:
-    """A buffer that holds a message. tensor: its data as the edge's spec says."""
+    """A buffer that holds a message of an edge, and space for the longest one."""
 
     def __init__(self, edge: Edge) -> None:
-        spec = edge.spec
+        spec = edge.carried
         self.whole = torch.zeros(_HEADER_BYTES + spec.size_bytes, dtype=torch.uint8)
-        self._step = self.whole[:8].view(torch.int64)
-        self.tensor = self.whole[_HEADER_BYTES:].view(spec.dtype).view(spec.shape)
+        self._step, self._length = self.whole[:16].view(torch.int64)
+        self._space = self.whole[_HEADER_BYTES:].view(spec.dtype).view(spec.shape)
+        self._is_code = edge.codec is not None
 
     @property
     def step(self) -> int:
         return int(self._step)
 
-    @step.setter
-    def step(self, step: int) -> None:
+    @property
+    def tensor(self) -> Tensor:
+        """The message's tensor or code."""
+        return self._space[: int(self._length)] if self._is_code else self._space
+
+    def fill(self, step: int, tensor: Tensor) -> Tensor:
+        """Make it a message; returns the bytes to send."""
         self._step.fill_(step)
+        if self._is_code:
+            self._length.fill_(tensor.nbytes)
+        self.tensor.copy_(tensor)
+        return self.whole[: _HEADER_BYTES + tensor.nbytes]
 
 
 class _Outgoing:
@@ -107,9 +119,8 @@ class GlooTransport(Transport):
         with self._naming(edge, edge.target, self._send_timeout_s):
             if side.work is not None:
                 side.work.wait(datetime.timedelta(seconds=self._send_timeout_s))
-            side.frame.step = self.step
-            side.frame.tensor.copy_(tensor)
-            side.work = group.send([side.frame.whole], self._rank_of[edge.target], edge.number)  # type: ignore[attr-defined]
+            message = side.frame.fill(self.step, tensor)
+            side.work = group.send([message], self._rank_of[edge.target], edge.number)  # type: ignore[attr-defined]
 
     def _take(self, edge: Edge, timeout_s: float) -> Tensor:
         self._open()

@@ -39,7 +39,7 @@ class InProcessTransport(Transport):
         pass
 
     def _put(self, edge: Edge, tensor: Tensor) -> None:
-        copy = torch.empty(edge.spec.shape, dtype=edge.spec.dtype).copy_(tensor)
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
         with self._table.changed:
             if edge.target in self._table.ended:
                 raise peer_ended(self.device, edge.target, self.step, edge)

@@ -154,4 +154,6 @@ def _absent(device: str, missing: Iterable[str]) -> WorkerError:
 
 
 def _digest(edges: Iterable[Edge]) -> str:
-    return hashlib.sha256(repr([(e.number, e.source, e.target, str(e.spec)) for e in edges]).encode()).hexdigest()
+    return hashlib.sha256(
+        repr([(e.number, e.source, e.target, str(e.spec), e.codec) for e in edges]).encode()
+    ).hexdigest()

@@ -76,7 +76,7 @@ class SharedMemoryTransport(Transport):
             raise WorkerError(f"{self.device}: its transport is closed.")
         if not self._has_come(region, edge) and not self._spin(region, edge, min(self._spin_s, timeout_s)):
             self._sleep(region, edge, timeout_s)
-        return region.tensors[edge.number]
+        return region.tensor(edge.number)
 
     def _has_come(self, region: Region, edge: Edge) -> bool:
         step = region.step(edge.number)

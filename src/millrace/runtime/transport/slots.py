@@ -1,10 +1,11 @@
 """The memory that a worker shares with those it sends to: a slot for every edge that begins there.
 
-    | step of edge 0 | data of edge 0 … | step of edge 1 | data of edge 1 … |
+    | step, length of edge 0 | data of edge 0 … | step, length of edge 1 | data of edge 1 … |
 
 Each part begins at a multiple of 64 bytes. A slot's step is written after its data: who reads the step that it waits
-for may read the data. The region has no name, only descriptors, so that the system takes it back when the last process
-that has one is gone, however that ended.
+for may read the data. The length counts where an edge carries codes, which may be shorter than the slot. The region has
+no name, only descriptors, so that the system takes it back when the last process that has one is gone, however that
+ended.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from millrace.errors import SettingError, WorkerError
+from millrace.graph.signature import TensorSpec
 from millrace.partition.program import Edge
 
 _ALIGN_BYTES = 64
@@ -28,7 +30,7 @@ _FENCE = threading.Lock()
 
 
 class Region:
-    """A mapped region. tensors: edge number -> the tensor that lies in its slot."""
+    """A mapped region."""
 
     def __init__(self, descriptor: int, edges: Iterable[Edge]) -> None:
         edges = tuple(edges)
@@ -37,7 +39,8 @@ class Region:
         whole = torch.frombuffer(memory, dtype=torch.uint8)
         self._words = memoryview(memory).cast("Q")
         self._step_at = {number: offset // 8 for number, offset in offsets.items()}
-        self.tensors = {edge.number: _tensor(whole, offsets[edge.number] + _ALIGN_BYTES, edge) for edge in edges}
+        self._slots = {edge.number: _slot(whole, offsets[edge.number] + _ALIGN_BYTES, edge.carried) for edge in edges}
+        self._shorter = {edge.number for edge in edges if edge.codec is not None}
 
     def step(self, number: int) -> int:
         """The last step that wrote the edge's slot; -1 before the first."""
@@ -47,9 +50,18 @@ class Region:
 
     def write(self, number: int, step: int, tensor: Tensor) -> None:
         """Fill a slot, and say so."""
-        self.tensors[number].copy_(tensor)
+        if number in self._shorter:
+            self._words[self._step_at[number] + 1] = tensor.numel()
+            self._slots[number][: tensor.numel()].copy_(tensor)
+        else:
+            self._slots[number].copy_(tensor)
         _order_memory()
         self._words[self._step_at[number]] = step + 1
+
+    def tensor(self, number: int) -> Tensor:
+        """What lies in a slot."""
+        slot = self._slots[number]
+        return slot[: self._words[self._step_at[number] + 1]] if number in self._shorter else slot
 
 
 def layout(edges: Iterable[Edge]) -> tuple[Mapping[int, int], int]:
@@ -57,7 +69,7 @@ def layout(edges: Iterable[Edge]) -> tuple[Mapping[int, int], int]:
     offsets, end = {}, 0
     for edge in edges:
         offsets[edge.number] = end
-        data_bytes = -(-edge.spec.size_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
+        data_bytes = -(-edge.carried.size_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
         end += _ALIGN_BYTES + data_bytes
     return offsets, max(end, _ALIGN_BYTES)
 
@@ -99,10 +111,10 @@ def _available_bytes() -> float:
     return math.inf
 
 
-def _tensor(whole: Tensor, offset: int, edge: Edge) -> Tensor:
-    if edge.spec.size_bytes == 0:
-        return torch.empty(edge.spec.shape, dtype=edge.spec.dtype)
-    return whole[offset : offset + edge.spec.size_bytes].view(edge.spec.dtype).view(edge.spec.shape)
+def _slot(whole: Tensor, offset: int, spec: TensorSpec) -> Tensor:
+    if spec.size_bytes == 0:
+        return torch.empty(spec.shape, dtype=spec.dtype)
+    return whole[offset : offset + spec.size_bytes].view(spec.dtype).view(spec.shape)
 
 
 def _order_memory() -> None:
