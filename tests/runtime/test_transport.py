@@ -20,8 +20,9 @@ from tests.runtime import transport_peer as peer
 from millrace.errors import GraphError, SettingError, WorkerError
 from millrace.graph.signature import TensorSpec
 from millrace.partition.program import Edge
-from millrace.runtime.transport import gloo, in_process, shared_memory, slots
+from millrace.runtime.transport import base, gloo, in_process, shared_memory, slots
 from millrace.runtime.transport.base import Transport
+from millrace.runtime.transport.codecs import encode
 
 KINDS = ["in_process", "shared_memory", "gloo"]
 Result = TypeVar("Result")
@@ -99,6 +100,27 @@ def test_more_edges_than_a_socket_holds_messages(kind: str) -> None:
             here.transports[0].send(edge.number, peer.tensor(edge, 0))
         for edge in reversed(edges):
             assert torch.equal(here.transports[1].recv(edge.number, 20.0), peer.tensor(edge, 0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_value_for_several_devices_is_encoded_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, spec, encoded = peer.devices(4), TensorSpec((3000,), torch.float32), []
+    edges = [Edge(n, names[0], names[n + 1], "hidden", spec, "zeros") for n in range(3)]
+    monkeypatch.setattr(base, "encode", lambda codec, tensor: encoded.append(codec) or encode(codec, tensor))
+    with workers(kind, names, edges) as here:
+        for step, zeros in enumerate((0.9, 0.2, 0.0, 0.5)):  # shorter, longer, not at all
+            values = torch.where(torch.rand(3000) < zeros, 0.0, torch.rand(3000) + 1)
+            here.each(lambda transport, step=step: transport.begin_step(step))
+            sent = values.clone()
+            for edge in edges:
+                here.transports[0].send(edge.number, sent)
+            sent.zero_()
+            for edge, target in zip(edges, here.transports[1:], strict=True):
+                assert torch.equal(target.recv(edge.number, 20.0), values)
+            expected = min(12000, 4 * int(values.count_nonzero()) + 375)
+            assert here.transports[0].sent_bytes == dict.fromkeys(range(3), expected)
+            assert len(encoded) == (1 if zeros else 3)
+            encoded.clear()
 
 
 @pytest.mark.parametrize("kind", KINDS)

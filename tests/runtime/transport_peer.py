@@ -20,8 +20,10 @@ from torch import Tensor
 from millrace.errors import MillraceError
 from millrace.graph.signature import TensorSpec
 from millrace.partition.program import Edge
+from millrace.place.wire import CODECS
 from millrace.runtime.transport import gloo, shared_memory
 from millrace.runtime.transport.base import Transport
+from millrace.runtime.transport.codecs import decode, encode
 
 DTYPES = (
     *(torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8),
@@ -35,19 +37,22 @@ def devices(count: int) -> list[str]:
 
 
 def edges(seed: int, names: Sequence[str], count: int) -> list[Edge]:
-    """Random edges between these devices."""
+    """Random edges between these devices; some of those with floating numbers have a codec."""
     chance = random.Random(seed)
     found = []
     for number in range(count):
         source, target = chance.sample(list(names), 2)
-        found.append(
-            Edge(number, source, target, f"value_{number}", TensorSpec(chance.choice(SHAPES), chance.choice(DTYPES)))
-        )
+        spec = TensorSpec(chance.choice(SHAPES), chance.choice(DTYPES))
+        codec = chance.choice((None, *CODECS)) if spec.dtype.is_floating_point else None
+        found.append(Edge(number, source, target, f"value_{number}", spec, codec))
     return found
 
 
 def tensor(edge: Edge, step: int) -> Tensor:
-    """What an edge carries in a step: any bits (NaN, too), often with strides of its own."""
+    """What an edge carries in a step: any bits (NaN, too), often with strides of its own.
+
+    On an edge with a codec it is finite, with more or fewer zeros, so that codes of all lengths occur.
+    """
     generator = torch.Generator().manual_seed(1_000_003 * edge.number + step)
     shape = edge.spec.shape
     strided = len(shape) >= 2 and (edge.number + step) % 2 == 0
@@ -58,7 +63,20 @@ def tensor(edge: Edge, step: int) -> Tensor:
         extent = edge.spec.dtype.itemsize
         values = torch.randint(0, 256, (*made, extent), generator=generator, dtype=torch.uint8)
         values = values.view(edge.spec.dtype).squeeze(-1)
+    if edge.codec is not None:
+        zeros = torch.rand(made, generator=generator) < ((edge.number + step) % 4) / 3
+        values = torch.randn(made, generator=generator).to(edge.spec.dtype).masked_fill(zeros, 0.0)
     return values.permute(*reversed(range(len(shape)))) if strided else values
+
+
+def arriving(edge: Edge, step: int) -> Tensor:
+    """What of it arrives."""
+    sent = tensor(edge, step)
+    if edge.codec is None:
+        return sent
+    out = torch.empty(edge.spec.shape, dtype=edge.spec.dtype)
+    decode(edge.codec, encode(edge.codec, sent), out)
+    return out
 
 
 def bits(values: Tensor) -> bytes:
@@ -79,7 +97,7 @@ def whole_step(transport: Transport, step: int, timeout_s: float = 20.0) -> int:
     for edge, found in received.items():
         assert edge.spec.fits(found), f"{edge} brought {found.dtype}{list(found.shape)}"
         assert found.is_contiguous()
-        assert bits(found) == bits(tensor(edge, step)), f"{edge} brought other values in step {step}"
+        assert bits(found) == bits(arriving(edge, step)), f"{edge} brought other values in step {step}"
     return len(received)
 
 
@@ -95,7 +113,7 @@ def part_of_step(transport: Transport, step: int) -> None:
             transport.send(edge.number, tensor(edge, step))
     for edge in transport.incoming.values():
         if chosen(edge, "send", 0.7) and chosen(edge, "recv", 0.5):
-            assert bits(transport.recv(edge.number, 20.0)) == bits(tensor(edge, step))
+            assert bits(transport.recv(edge.number, 20.0)) == bits(arriving(edge, step))
 
 
 def connect(kind: str, device: str, names: Sequence[str], all_edges: Sequence[Edge], place: Path) -> Transport:

@@ -60,6 +60,21 @@ def test_gpus_train_as_a_cpu_does(devices: Any) -> None:
     same(trained(devices=devices, placement=apart, compile="tiered"), trained(), rtol=1e-7, atol=1e-8)
 
 
+def test_tensors_are_narrowed_between_devices_when_asked() -> None:
+    def run(**settings: Any) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 256), nn.ReLU(), nn.Linear(256, 3))
+        data = [(torch.randn(32, 12), torch.randint(0, 3, (32,))) for _ in range(4)]
+        more = {"epochs": 1, **QUIET, "devices": TWO, "placement": APART, **settings}
+        millrace.fit(model, data, loss=cross_entropy, optimizer=torch.optim.AdamW(model.parameters(), lr=0.01), **more)
+        return model
+
+    plain, lossy = run(), run(wire={"1": "int8"})
+    same(run(wire="zeros"), plain)
+    same(lossy, plain, rtol=0, atol=0.02)
+    assert not torch.equal(lossy[2].weight, plain[2].weight)
+
+
 def test_validation_checkpoints_and_resuming_see_the_devices_weights(tmp_path: Path) -> None:
     def run(**settings: Any) -> nn.Module:
         return trained(validation=BATCHES[:2], run_dir=tmp_path / "run", devices=TWO, placement=APART, **settings)
@@ -120,6 +135,10 @@ def test_a_model_of_four_partitions_trains_on_four_devices(tmp_path: Path) -> No
 def test_settings_that_do_not_go_together_are_refused() -> None:
     with pytest.raises(SettingError, match="devices=2"):
         trained(microbatches=2)
+    with pytest.raises(SettingError, match="devices=2"):
+        trained(wire="int8")
+    with pytest.raises(SettingError, match="bfloat16, int8, zeros"):
+        trained(devices=TWO, wire="int4")
     with pytest.raises(SettingError, match="transport"):
         trained(transport="gloo")
     with pytest.raises(SettingError, match="Did you mean 'gloo'"):

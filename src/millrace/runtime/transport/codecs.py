@@ -29,15 +29,16 @@ def encode(codec: str, tensor: Tensor) -> Tensor:
     - bfloat16: elements are rounded to the nearest. Error at most 2^-8 of the element where it is in bfloat16's normal
       range (1.2e-38 to 3.39e38), at most 1e-40 below; above, it becomes infinite. NaN and infinities stay.
     - int8: of 256 consecutive elements each is rounded to a multiple of 1/127 of the largest magnitude, so the error is
-      at most 1/254 of that; where that is under 1.5e-36, all become zero. A tensor with a NaN or an infinity (of
-      float32) anywhere travels as it is.
+      at most 1/254 of that; where that is under 1.5e-36, all become zero. A tensor with anything in it that is
+      not finite in float32, or within a few digits of its end (3.4e38), travels as it is.
     - zeros: exact. Elements whose bits are not all zero, as -0.0 and NaN, travel as they are. A tensor with too few
       zeros travels as it is.
 
     Args: codec: one of `place.wire.CODECS`. tensor: of 2, 4 or 8 bytes an element, with any strides.
     Returns: uint8, flat; it may lie in the memory of `tensor`.
     """
-    flat = tensor.detach().resolve_neg().contiguous().view(-1)
+    # A tensor of at most one element counts as contiguous whatever its stride; only stride 1 shows as bytes.
+    flat = tensor.detach().resolve_neg().contiguous().as_strided((tensor.numel(),), (1,))
     code = _ENCODERS[codec](flat)
     return _bytes(flat) if code is None else code
 
@@ -72,7 +73,7 @@ def _encode_int8(flat: Tensor) -> Tensor | None:
     for own, scales, _ in parts:
         scales.copy_(own.abs().amax(1, keepdim=True)).div_(_STEPS)
         scales[scales < _LEAST_SCALE] = 0.0
-    if not bool(_scales(code, count).isfinite().all()):
+    if not bool((_scales(code, count) * _STEPS).isfinite().all()):  # as large as `decode` can make them
         return None
     for own, scales, codes in parts:
         codes.copy_((own / scales.where(scales > 0, torch.inf)).round_())  # a block without a scale becomes zeros
