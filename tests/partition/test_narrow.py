@@ -23,7 +23,7 @@ def wide() -> Graph:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    return training_graph(model, lambda m, x: m(x).square().mean(), sgd, torch.randn(64, 32))
+    return training_graph(model, lambda m, x: m(x).square().mean(), sgd, torch.randn(128, 32))
 
 
 def test_only_edges_change_and_only_those_that_are_wanted(tmp_path: Path) -> None:

@@ -22,10 +22,10 @@ from millrace.place.wire import CODECS, LEAST_BYTES, Wire, can_narrow, expected_
 def graph() -> Graph:
     torch.manual_seed(0)
     model = nn.Sequential()
-    model.add_module("encoder", nn.Sequential(nn.Linear(32, 64), nn.BatchNorm1d(64), nn.ReLU()))
-    model.add_module("head", nn.Linear(64, 40))
+    model.add_module("encoder", nn.Sequential(nn.Linear(64, 96), nn.BatchNorm1d(96), nn.ReLU()))
+    model.add_module("head", nn.Linear(96, 40))
     adam = torch.optim.AdamW(model.parameters(), lr=0.1)
-    return training_graph(model, lambda m, x: m(x).square().mean(), adam, torch.randn(48, 32))
+    return training_graph(model, lambda m, x: m(x).square().mean(), adam, torch.randn(64, 64))
 
 
 def test_nothing_is_narrowed_unless_asked(graph: Graph) -> None:

@@ -106,8 +106,8 @@ def test_int8_is_off_by_half_a_quantum_of_its_block_at_most(array: np.ndarray) -
     for exact, got in blocks:
         if exact.numel():
             largest = float(exact.abs().max())
-            bound = largest if largest < 1.5e-36 else largest / 127 / 2 * (1 + 2**-16)
-            assert float((got.double() - exact.double()).abs().max()) <= bound
+            bound = max(largest / 254, 6e-39)
+            assert float((got.double() - exact.double()).abs().max()) <= bound * (1 + 2**-16)
 
 
 @quick
@@ -133,9 +133,8 @@ def test_int8_leaves_a_tensor_with_anything_not_finite_as_it_is(bad: float, plac
     assert same_bits(through("int8", values), values)
 
 
-def test_int8_of_zeros_and_of_the_smallest_is_zero() -> None:
-    for value in (0.0, 1e-45, 1e-37):
-        assert through("int8", torch.full((INT8_BLOCK + 3,), value)).count_nonzero() == 0
+def test_int8_of_zeros_is_zero() -> None:
+    assert through("int8", torch.zeros(INT8_BLOCK + 3)).count_nonzero() == 0
 
 
 @pytest.mark.parametrize("codec", CODECS)

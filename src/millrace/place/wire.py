@@ -25,7 +25,7 @@ from millrace.place.paths import inside, path_of
 CODECS = ("bfloat16", "int8", "zeros")
 INT8_BLOCK = 256  # elements that share a scale of four bytes
 # For a smaller tensor, what a message costs anyway counts, not its bytes; see docs/decisions/0018-bytes-on-the-wire.md.
-LEAST_BYTES = 4096
+LEAST_BYTES = 16_384
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ own bytes take the place of the code, and the length says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 from millrace.place.wire import INT8_BLOCK
 
 _STEPS = 127.0  # codes of one sign
-_LEAST_SCALE = torch.finfo(torch.float32).tiny  # below it, float32 has fewer digits than a quotient needs
+_LEAST_SCALE = torch.finfo(torch.float32).tiny  # a smaller one would have few digits, or be zero
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -29,8 +30,8 @@ def encode(codec: str, tensor: Tensor) -> Tensor:
     - bfloat16: elements are rounded to the nearest. Error at most 2^-8 of the element where it is in bfloat16's normal
       range (1.2e-38 to 3.39e38), at most 1e-40 below; above, it becomes infinite. NaN and infinities stay.
     - int8: of 256 consecutive elements each is rounded to a multiple of 1/127 of the largest magnitude, so the error is
-      at most 1/254 of that; where that is under 1.5e-36, all become zero. A tensor with anything in it that is
-      not finite in float32, or within a few digits of its end (3.4e38), travels as it is.
+      at most 1/254 of that, or 6e-39 if that is more. A tensor with anything in it that is not finite in float32, or
+      within a few digits of its end (3.4e38), travels as it is.
     - zeros: exact. Elements whose bits are not all zero, as -0.0 and NaN, travel as they are. A tensor with too few
       zeros travels as it is.
 
@@ -71,12 +72,12 @@ def _encode_int8(flat: Tensor) -> Tensor | None:
         return None
     parts = _int8_parts(code, values)
     for own, scales, _ in parts:
-        scales.copy_(own.abs().amax(1, keepdim=True)).div_(_STEPS)
-        scales[scales < _LEAST_SCALE] = 0.0
-    if not bool((_scales(code, count) * _STEPS).isfinite().all()):  # as large as `decode` can make them
+        torch.amax(own.abs(), 1, keepdim=True, out=scales)
+    scales = _scales(code, count).div_(_STEPS).clamp_(min=_LEAST_SCALE)
+    if not math.isfinite(float(scales.amax() * _STEPS)):  # as large as `decode` can make an element
         return None
     for own, scales, codes in parts:
-        codes.copy_((own / scales.where(scales > 0, torch.inf)).round_())  # a block without a scale becomes zeros
+        codes.copy_((own / scales).round_())
     return code
 
 
