@@ -29,7 +29,7 @@ def test_a_task_is_placed_on_a_cluster_that_one_does_not_have(
     Path("four.toml").write_text(CLUSTER)
     small = ["--set", "width=32", "--set", "layers=2", "--set", "batch_size=8"]
     given = ["place", "chars", *small, "--cluster", "four.toml", "--microbatches", "2", "--budget", "0.5"]
-    assert main([*given, "--on", "layers.0=gpu:2", "--out", "step.json", "--json"]) == 0
+    assert main([*given, "--on", "layers.0=gpu:2", "--wire", "int8", "--out", "step.json", "--json"]) == 0
     out = capsys.readouterr().out
     assert "ms a step expected" in out
     found = json.loads(out.strip().splitlines()[-1])

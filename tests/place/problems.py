@@ -76,6 +76,7 @@ class Builder:
             seconds_TD=np.array(self.seconds, dtype=float),
             producer_K=np.array(self.producer, dtype=np.int64),
             bytes_K=np.array(self.size, dtype=float),
+            wire_bytes_K=np.array(self.size, dtype=float),
             first_use_K1=np.concatenate([[0], np.cumsum([len(u) for u in self.uses])]).astype(np.int64),
             uses_C=np.array([t for use in self.uses for t in use], dtype=np.int64),
             device_names_D=tuple(f"/host:0/gpu:{d}" for d in range(D)),
@@ -204,7 +205,7 @@ def big_embedding(microbatches: int = 1) -> Problem:
 def problems(
     draw: st.DrawFn, groups: int = 6, tasks: int = 14, devices: int = 4, tight: bool = False, forbid: bool = True
 ) -> Problem:
-    """Any graph of tasks: integer bytes, so that sums are exact in any order."""
+    """Any graph of tasks: integer bytes, so that sums are exact in any order; some tensors are narrowed on the wire."""
     D = draw(st.integers(1, devices))
     G = draw(st.integers(1, groups))
     T = draw(st.integers(G, tasks))
@@ -225,6 +226,7 @@ def problems(
         for _ in range(int(random.integers(3))):
             build.tensor(task, int(random.integers(1, 100)))
     problem = build.problem([float(random.integers(0, 100)) for _ in range(G)], random.permutation(G))
+    problem.wire_bytes_K[random.random(len(problem.wire_bytes_K)) < 0.3] //= 4
     apart = ~np.eye(D, dtype=bool)
     problem.latency_s_DD[apart] = random.uniform(1e-5, 1e-3, D * D - D)
     problem.bytes_per_s_DD[apart] = random.uniform(1e4, 1e6, D * D - D)

@@ -19,11 +19,13 @@ from millrace.graph.passes.microbatch import microbatch
 from millrace.graph.passes.prune import prune
 from millrace.graph.training import training_graph
 from millrace.partition.cut import cut
+from millrace.partition.narrow import narrow
 from millrace.partition.placed import pieces_of
 from millrace.place.cluster import Cluster, Device, Link
 from millrace.place.grouping import group
 from millrace.place.hints import Hints
 from millrace.place.placement import Placement, place
+from millrace.place.wire import Wire
 
 RATES = {"product": 1e9, "convolution": 1e9, "attention": 1e9, "memory": 1e9}
 GPU = {"product": 1e11, "convolution": 1e11, "attention": 1e11, "memory": 1e10}
@@ -188,3 +190,17 @@ def test_memory_decides_where_a_table_goes() -> None:
     assert placement.homes["0.weight"] == "/host:0/cpu:0"  # three times 400 MB do not fit in 1 GiB
     with pytest.raises(PlacementError, match=r"(?i)(memory|fit)"):
         placed(graph, cluster(0, 2))
+
+
+@pytest.mark.parametrize(("wire", "share"), [(None, 1.0), ("zeros", 1.0), ("bfloat16", 0.25), ("int8", 0.127)])
+def test_narrowed_tensors_are_expected_to_take_their_share_of_the_bytes(wire: str | None, share: float) -> None:
+    graph, slow = towers(batch=512), cluster(2, bytes_per_s=1e7)  # activations of 512 x 32 float64
+    hints = {"left": "cpu:0", "right": "cpu:1", "head": "cpu:1"}
+    plain, narrowed = placed(graph, slow, hints), placed(graph, slow, hints, wire=wire)
+    before, after = (float(p.expected.bytes_DD.sum()) for p in (plain, narrowed))
+    assert after == pytest.approx(share * before, rel=0.02)
+    if share < 1:
+        assert narrowed.expected.step_s < 0.7 * plain.expected.step_s
+    assert narrowed.problem.bytes_K.tolist() == plain.problem.bytes_K.tolist()  # in memory they are whole again
+    partition = narrow(cut(graph, pieces_of(narrowed)), graph, Wire.of(wire))
+    assert partition.crossing_bytes() == after

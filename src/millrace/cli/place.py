@@ -14,6 +14,7 @@ from millrace.place.chrome_trace import expected_spans, write_trace
 from millrace.place.cluster_file import read_cluster
 from millrace.place.placement import Placement, place
 from millrace.place.probe import local_cluster
+from millrace.place.wire import CODECS
 from millrace.zoo.run import configure, step_graph
 
 _DESCRIPTION = """\
@@ -43,13 +44,16 @@ def main(arguments: list[str]) -> None:
     options.add_argument(
         "--on", action="append", default=[], metavar="MODULES=DEVICE", help="a wish; * stands for anything"
     )
+    options.add_argument(
+        "--wire", metavar="CODEC", help=f"narrow what goes between devices: one of {', '.join(CODECS)}"
+    )
     options.add_argument("--out", type=Path, metavar="FILE.json", help="write the expected timeline")
     add_json(options)
     given = options.parse_args(arguments)
     graph = microbatch(step_graph(configure(given.task, given.assignments)), given.microbatches)
     graph = prune(graph, ["loss"], graph.updates)
     cluster = read_cluster(given.cluster) if given.cluster else local_cluster(given.devices)
-    found = place(graph, cluster, _wishes(given.on), search=given.search, budget_s=given.budget)
+    found = place(graph, cluster, _wishes(given.on), search=given.search, budget_s=given.budget, wire=given.wire)
     print(describe(found))
     if given.out is not None:
         try:

@@ -154,6 +154,7 @@ def anneal(  # type: ignore[no-untyped-def]
     first_made_T1,
     made_K,
     bytes_K,
+    wire_bytes_K,
     first_use_K1,
     uses_C,
     latency_s_DD,
@@ -209,7 +210,7 @@ def anneal(  # type: ignore[no-untyped-def]
         _shift(begin, end, order_P, position_T)
         ready_T[:], hold_P[:], free_P[:], state[:], counts[0] = 0.0, 0.0, 0.0, 0.0, 0
         arrays = (ready_T, end_P, hold_P, free_P, state, sent, counts)
-        made_arrays = (seconds_TD, tail_s_T, first_made_T1, made_K, bytes_K, first_use_K1, uses_C)
+        made_arrays = (seconds_TD, tail_s_T, first_made_T1, made_K, bytes_K, wire_bytes_K, first_use_K1, uses_C)
         links = (latency_s_DD, bytes_per_s_DD, wire_DD)
         step_s = walk(limit_s * (1 + 1e-9), load_D, order_P, position_T, device_T, *made_arrays, *links, *arrays)
         over = 0.0

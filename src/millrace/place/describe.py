@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch.fx import Node
 
-from millrace.graph.graph import Graph
+from millrace.graph.graph import Graph, spec_of
 from millrace.graph.signature import Phase
 from millrace.graph.values import is_cheap, reads_of
 from millrace.place.cluster import Cluster, Device
@@ -15,6 +15,7 @@ from millrace.place.cost import Work, is_free, tensor_bytes, works_of
 from millrace.place.grouping import Grouping, Task
 from millrace.place.problem import Problem
 from millrace.place.profile import Profile
+from millrace.place.wire import Wire, expected_bytes
 
 _USABLE = 0.9  # of a device's memory: allocators waste some, and transfers and libraries take some
 
@@ -24,6 +25,7 @@ def describe(
     grouping: Grouping,
     cluster: Cluster,
     allowed_GD: np.ndarray,
+    wire: Wire,
     *,
     fused: bool,
     profile: Profile | None = None,
@@ -32,7 +34,8 @@ def describe(
 
     Variables that are read outside of their group are tensors, made at the start of the step by a task of their own.
 
-    Args: allowed_GD: whether a group may be on a device. fused: see `cost.works_of`. profile: what was measured.
+    Args: allowed_GD: whether a group may be on a device. wire: what is narrowed between devices; the time to encode and
+    decode it is not counted. fused: see `cost.works_of`. profile: what was measured.
     """
     groups, devices = len(grouping.groups), cluster.devices
     inputs = graph.placeholders()
@@ -49,6 +52,7 @@ def describe(
             if node in made_by:
                 users.setdefault(node, []).append(index)
     tensors = list(users)
+    codecs = wire.codecs(graph)
     works_T = [works_of(task.nodes, fused=fused) if index >= first else [] for index, task in enumerate(tasks)]
     hosts = list(dict.fromkeys(device.host for device in devices))
     known = profile or Profile()
@@ -75,6 +79,7 @@ def describe(
         seconds_TD=seconds_TD,
         producer_K=np.array([made_by[node] for node in tensors], dtype=np.int64),
         bytes_K=np.array([tensor_bytes(node.meta.get("val")) for node in tensors]),
+        wire_bytes_K=np.array([_wire_bytes(node, codecs.get(node.name)) for node in tensors]),
         first_use_K1=np.cumsum([0, *(len(users[node]) for node in tensors)], dtype=np.int64),
         uses_C=np.array([index for node in tensors for index in users[node]], dtype=np.int64),
         device_names_D=tuple(device.name for device in devices),
@@ -114,6 +119,11 @@ def _given(
             if home.get(node, task.group) != task.group:
                 given.setdefault(home[node], {})[node] = None
     return {group: list(nodes) for group, nodes in given.items()}
+
+
+def _wire_bytes(node: Node, codec: str | None) -> float:
+    spec = spec_of(node) if codec else None
+    return float(expected_bytes(codec, spec)) if spec else tensor_bytes(node.meta.get("val"))
 
 
 def _pipeline(grouping: Grouping) -> np.ndarray:

@@ -63,6 +63,7 @@ class Evaluator:
             made.first_made_T1,
             made.made_K,
             problem.bytes_K,
+            problem.wire_bytes_K,
             problem.first_use_K1,
             problem.uses_C,
             problem.latency_s_DD,

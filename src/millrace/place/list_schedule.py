@@ -20,7 +20,7 @@ def list_schedule(  # type: ignore[no-untyped-def]
     seconds_TD,
     first_made_T1,
     made_K,
-    bytes_K,
+    wire_bytes_K,
     first_use_K1,
     uses_C,
     unread_T,  # how many tensors each task reads
@@ -94,7 +94,7 @@ def list_schedule(  # type: ignore[no-untyped-def]
                 if not (reached >> target) & 1:
                     reached |= 1 << target
                     wire = wire_DD[device, target]
-                    seconds = latency_s_DD[device, target] + bytes_K[tensor] / bytes_per_s_DD[device, target]
+                    seconds = latency_s_DD[device, target] + wire_bytes_K[tensor] / bytes_per_s_DD[device, target]
                     arrival_D[target] = max(end_s, wire_free_W[wire]) + seconds
                     wire_free_W[wire] = arrival_D[target]
                 ready_T[reader] = max(ready_T[reader], end_s if target == device else arrival_D[target])

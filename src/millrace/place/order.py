@@ -19,7 +19,7 @@ def upward_rank(problem: Problem, device_G: Ints) -> Floats:
     """
     device_T = device_G[problem.group_T]
     source_C = np.repeat(problem.producer_K, np.diff(problem.first_use_K1))
-    bytes_C = np.repeat(problem.bytes_K, np.diff(problem.first_use_K1))
+    bytes_C = np.repeat(problem.wire_bytes_K, np.diff(problem.first_use_K1))
     source_D, target_D = device_T[source_C], device_T[problem.uses_C]
     wire_s_C = problem.latency_s_DD[source_D, target_D] + bytes_C / problem.bytes_per_s_DD[source_D, target_D]
     own_T = problem.seconds_TD[np.arange(problem.tasks), device_T]
@@ -137,7 +137,7 @@ def _schedule(problem: Problem, device_G: Ints, keys: tuple[Floats | Ints, ...],
         problem.seconds_TD,
         made.first_made_T1,
         made.made_K,
-        problem.bytes_K,
+        problem.wire_bytes_K,
         problem.first_use_K1,
         problem.uses_C,
         np.diff(made.first_read_T1),

@@ -20,6 +20,7 @@ from millrace.place.order import best_order
 from millrace.place.problem import Plan, Problem
 from millrace.place.profile import Profile
 from millrace.place.simulate import Simulated
+from millrace.place.wire import Wire
 
 _SEARCH_S_PER_GROUP, _LONGEST_SEARCH_S = 0.1, 5.0
 
@@ -33,6 +34,7 @@ class Placement:
 
     cluster: Cluster
     hints: Hints
+    wire: Wire
     grouping: Grouping
     problem: Problem
     plan: Plan
@@ -73,6 +75,7 @@ def place(
     fused: bool = True,
     limit: int = 40,
     profile: Profile | None = None,
+    wire: Wire | Mapping[str, str] | str | None = None,
 ) -> Placement:
     """Decide which device runs what.
 
@@ -84,17 +87,20 @@ def place(
         fused: whether the devices run compiled code.
         limit: how many groups there may be; more give a finer placement and a longer search.
         profile: of nodes that were measured on the devices.
+        wire: what is narrowed between devices, see `Wire`. "zeros" counts as if nothing were saved.
 
-    Raises: PlacementError when hints contradict, nothing fits in memory, or the cluster lacks something.
+    Raises: PlacementError when hints contradict, nothing fits in memory, or the cluster lacks something; SettingError
+        when `wire` names a codec or a module that does not exist.
     """
-    wishes = Hints.of(hints)
+    wishes, narrowed = Hints.of(hints), Wire.of(wire)
+    narrowed.check(graph)
     grouping = group(graph, _weight, lambda node, path: label_of(node, path, wishes), limit=limit)
     allowed = allowed_devices(graph, grouping, cluster, wishes)
-    problem = describe(graph, grouping, cluster, allowed, fused=fused, profile=profile)
+    problem = describe(graph, grouping, cluster, allowed, narrowed, fused=fused, profile=profile)
     if budget_s is None:
         budget_s = min(_LONGEST_SEARCH_S, _SEARCH_S_PER_GROUP * problem.groups)
     plan = algorithm(search)(problem, budget_s=budget_s, seed=seed)
-    return Placement(cluster, wishes, grouping, problem, plan, expect(problem, plan))
+    return Placement(cluster, wishes, narrowed, grouping, problem, plan, expect(problem, plan))
 
 
 def follow(placement: Placement, graph: Graph, *, fused: bool = True) -> Placement:
@@ -102,10 +108,10 @@ def follow(placement: Placement, graph: Graph, *, fused: bool = True) -> Placeme
     hints = placement.hints
     grouping = group(graph, _weight, lambda node, path: label_of(node, path, hints), like=placement.grouping)
     everywhere = np.ones((len(grouping.groups), len(placement.cluster.devices)), dtype=bool)
-    problem = describe(graph, grouping, placement.cluster, everywhere, fused=fused)
+    problem = describe(graph, grouping, placement.cluster, everywhere, placement.wire, fused=fused)
     device_G = placement.plan.device_G
     plan = Plan(device_G, best_order(problem, device_G), placement.plan.algorithm, "as planned before")
-    return Placement(placement.cluster, hints, grouping, problem, plan, expect(problem, plan))
+    return Placement(placement.cluster, hints, placement.wire, grouping, problem, plan, expect(problem, plan))
 
 
 def _weight(node: Node) -> float:

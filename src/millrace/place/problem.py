@@ -40,7 +40,8 @@ class Problem:
     seconds_TD: Floats  # on each device; infinite where it may not run
 
     producer_K: Ints  # the task that makes each tensor
-    bytes_K: Floats
+    bytes_K: Floats  # in memory
+    wire_bytes_K: Floats  # on the way to another device
     first_use_K1: Ints  # [K + 1] tensor k is read by the tasks uses_C[first_use[k]:first_use[k + 1]]
     uses_C: Ints
 

@@ -84,7 +84,7 @@ def simulate(problem: Problem, plan: Plan) -> Simulated:
                 if target not in arrival:
                     wire = problem.wire_DD[device, target]
                     begun = max(end_T[task], wire_free[wire])
-                    size = float(problem.bytes_K[tensor])
+                    size = float(problem.wire_bytes_K[tensor])
                     arrival[target] = wire_free[wire] = begun + transfer_seconds(problem, size, device, int(target))
                     ends = float(begun), float(arrival[target])
                     transfers.append(Transfer(int(tensor), int(device), int(target), *ends, size))

@@ -22,6 +22,7 @@ def walk(  # type: ignore[no-untyped-def]
     first_made_T1,
     made_K,
     bytes_K,
+    wire_bytes_K,
     first_use_K1,
     uses_C,
     latency_s_DD,
@@ -69,7 +70,7 @@ def walk(  # type: ignore[no-untyped-def]
                 if not (reached >> target) & 1:
                     reached |= 1 << target
                     wire = 3 * devices + wire_DD[device, target]
-                    seconds = latency_s_DD[device, target] + size / bytes_per_s_DD[device, target]
+                    seconds = latency_s_DD[device, target] + wire_bytes_K[tensor] / bytes_per_s_DD[device, target]
                     arrival_D[target] = max(end_s, state[wire]) + seconds
                     state[wire] = arrival_D[target]
                     state[devices + target] += size

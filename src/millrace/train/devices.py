@@ -32,7 +32,7 @@ def session_for(graph: Graph, plan: Plan, say: Say) -> AnySession:
 
     def search(whole: Graph) -> Placement:
         profile = None if described else profile_on(workers, cluster.devices, whole, fused=fused)
-        found = place(whole, cluster, plan.placement, seed=plan.seed, fused=fused, profile=profile)
+        found = place(whole, cluster, plan.placement, seed=plan.seed, fused=fused, profile=profile, wire=plan.wire)
         say(f"placed on {len(cluster.devices)} devices: {found.plan.note}")
         return found
 

@@ -98,7 +98,7 @@ def _serial_seconds(problem: Problem) -> float:
     apart = ~np.eye(problem.devices, dtype=bool)
     if problem.devices == 1:
         return float(slowest_T.sum())
-    wire_s = problem.latency_s_DD[apart].max() + problem.bytes_K / problem.bytes_per_s_DD[apart].min()
+    wire_s = problem.latency_s_DD[apart].max() + problem.wire_bytes_K / problem.bytes_per_s_DD[apart].min()
     return float(slowest_T.sum() + (problem.devices - 1) * wire_s.sum())
 
 
@@ -121,7 +121,7 @@ def _conflicts(problem: Problem, device_G: Ints, start_s_T: Floats) -> Iterator[
         readers = problem.uses_C[problem.first_use_K1[tensor] : problem.first_use_K1[tensor + 1]]
         for target in sorted({int(device_T[r]) for r in readers} - {int(source)}):
             there = readers[device_T[readers] == target]
-            seconds = transfer_seconds(problem, float(problem.bytes_K[tensor]), int(source), target)
+            seconds = transfer_seconds(problem, float(problem.wire_bytes_K[tensor]), int(source), target)
             group = int(problem.group_T[there[np.argmin(start_s_T[there])]])
             latest_s = float(start_s_T[there].min())
             sent.append((int(problem.wire_DD[source, target]), latest_s - seconds, latest_s, tensor, group))

@@ -99,7 +99,7 @@ class ExactModel:
                 for (early, late), sign in (((0, 1), 1.0), ((1, 0), -1.0)):
                     (k1, _), _, to1 = places[early]
                     (k2, _), from2, to2 = places[late]
-                    seconds = transfer_seconds(problem, problem.bytes_K[k2], int(from2), int(to2))
+                    seconds = transfer_seconds(problem, problem.wire_bytes_K[k2], int(from2), int(to2))
                     terms = [(self._arrival(k1, int(to1)), 1.0), (self._arrival(k2, int(to2)), -1.0)]
                     late_far = far if sign > 0 else 0.0
                     self._row([*terms, (first, sign * far), *active], limit + late_far - seconds)
@@ -112,7 +112,7 @@ class ExactModel:
             producer = int(problem.producer_K[tensor])
             for source in range(problem.devices):
                 if source != target:
-                    seconds = transfer_seconds(problem, problem.bytes_K[tensor], source, target)
+                    seconds = transfer_seconds(problem, problem.wire_bytes_K[tensor], source, target)
                     # far for the producer elsewhere: then this row says nothing
                     terms = [*self._ends(producer), (arrival, -1.0), (self._source(tensor)[source], far)]
                     self._row(terms, far - seconds)
@@ -131,7 +131,7 @@ class ExactModel:
                     for d, row in enumerate(self._both(a, b)):
                         for e, variable in enumerate(row):
                             if d != e:
-                                seconds = transfer_seconds(problem, problem.bytes_K[tensor], d, e)
+                                seconds = transfer_seconds(problem, problem.wire_bytes_K[tensor], d, e)
                                 wire.append((variable, seconds))
                 self._row([*self._ends(int(producer)), (self._s[reader], -1.0), *wire], 0.0)
         for task in range(problem.tasks):
@@ -233,7 +233,7 @@ def _slowest_transfer(problem: Problem) -> float:
     apart = ~np.eye(problem.devices, dtype=bool)
     if problem.devices == 1:
         return 0.0
-    largest = problem.bytes_K.max(initial=0.0)
+    largest = problem.wire_bytes_K.max(initial=0.0)
     return float((problem.latency_s_DD[apart] + largest / problem.bytes_per_s_DD[apart]).max())
 
 

@@ -60,7 +60,7 @@ def mean_rank(problem: Problem) -> Floats:
     apart = ~np.eye(problem.devices, dtype=bool)
     per_byte = float((1 / problem.bytes_per_s_DD[apart]).mean()) if problem.devices > 1 else 0.0
     latency = float(problem.latency_s_DD[apart].mean()) if problem.devices > 1 else 0.0
-    bytes_C = np.repeat(problem.bytes_K, np.diff(problem.first_use_K1))
+    bytes_C = np.repeat(problem.wire_bytes_K, np.diff(problem.first_use_K1))
     source_G = problem.group_T[np.repeat(problem.producer_K, np.diff(problem.first_use_K1))]
     between_C = source_G != problem.group_T[problem.uses_C]
     return longest_way(problem, np.nanmean(finite_TD, axis=1), between_C * (latency + bytes_C * per_byte))
@@ -79,7 +79,7 @@ def _ends(problem: Problem, tasks: Ints, device: int, device_G: Ints, end_T: Flo
             if source not in (-1, device):
                 wire_s = (
                     problem.latency_s_DD[source, device]
-                    + problem.bytes_K[tensor] / problem.bytes_per_s_DD[source, device]
+                    + problem.wire_bytes_K[tensor] / problem.bytes_per_s_DD[source, device]
                 )
                 arrival_s += float(wire_s)
             start_s = max(start_s, arrival_s)

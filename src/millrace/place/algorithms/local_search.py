@@ -201,6 +201,7 @@ def problem_arrays(problem: Problem, movable: list[int]) -> tuple[object, ...]:
         made.first_made_T1,
         made.made_K,
         problem.bytes_K,
+        problem.wire_bytes_K,
         problem.first_use_K1,
         problem.uses_C,
         problem.latency_s_DD,

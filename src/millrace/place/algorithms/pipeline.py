@@ -175,7 +175,7 @@ def chain_of(problem: Problem, pinned_G: Ints) -> Chain:
         read_at = read_at[read_at >= 0]
         if made_at < 0 or not len(read_at):
             continue
-        size = problem.bytes_K[tensor]
+        size = problem.wire_bytes_K[tensor]
         for row, (low, high) in ((0, (made_at, read_at.max())), (2, (read_at.min(), made_at))):
             if high > low:  # it crosses the places low + 1 … high
                 crossing[row, [low + 1, high + 1]] += [size, -size]

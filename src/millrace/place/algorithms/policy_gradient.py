@@ -112,7 +112,7 @@ def _features(problem: Problem) -> Floats:
     seconds_GD = np.where(made.allowed_GD, made.seconds_GD, 0.0)
     source_G = problem.group_T[np.repeat(problem.producer_K, np.diff(problem.first_use_K1))]
     target_G = problem.group_T[problem.uses_C]
-    bytes_C = np.repeat(problem.bytes_K, np.diff(problem.first_use_K1)) * (source_G != target_G)
+    bytes_C = np.repeat(problem.wire_bytes_K, np.diff(problem.first_use_K1)) * (source_G != target_G)
     sent_G = np.bincount(source_G, weights=bytes_C, minlength=problem.groups)
     received_G = np.bincount(target_G, weights=bytes_C, minlength=problem.groups)
     links_G = np.bincount(target_G, weights=source_G != target_G, minlength=problem.groups)
