@@ -3,7 +3,8 @@
 The tensors are real: a network with ReLU is trained on scikit-learn's handwritten digits, and its hidden activations,
 before and after ReLU, and the gradient for them are encoded and decoded as the edges between devices do. A plain copy
 takes turns with them. Prints a JSON line per codec, tensor and size: the share of the bytes that is left, microseconds
-per MB of the tensor (the least of all rounds), and below which speed of a link the bytes saved are worth that time.
+per MB of the tensor (the least of all rounds), how many copies encoding and decoding take together, and below which
+speed of a link the bytes saved are worth that time.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ def figures(name: str, tensor: Tensor, rounds: int) -> list[dict[str, Any]]:
                 "encode_us_per_mb": per_mb(f"encode {codec}"),
                 "decode_us_per_mb": per_mb(f"decode {codec}"),
                 "copy_us_per_mb": per_mb("copy"),
+                "times_copy": round(spent_s / seconds["copy"], 1),
                 "pays_below_gb_per_s": round(saved_bytes / spent_s / 1e9, 2),
                 "rounds": rounds,
             }

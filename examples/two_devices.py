@@ -52,6 +52,7 @@ def main(steps: int = 60, out: Path = Path("timeline")) -> float:
         assert planner.placement is not None
         assert session.timeline is not None
         print(planner.placement.plan.note)
+        print(f"between the devices: {session.wire_bytes()}")  # PlacedSession(…, wire="bfloat16") would halve it
         write_trace(expected_spans(planner.placement), out.with_suffix(".expected.json"), "expected")
         write_trace(measured_spans(session.timeline), out.with_suffix(".measured.json"), "measured")
         session.pull()  # the weights are the model's own again
