@@ -123,8 +123,8 @@ class Plan:
         apart = {"placement": self.placement, "transport": self.transport, "wire": self.wire}
         if self.devices is None and (self.microbatches > 1 or any(value is not None for value in apart.values())):
             raise SettingError(
-                "placement=…, microbatches=…, transport=… and wire=… are for several devices: pass devices=2, names, or "
-                "a Cluster"
+                "placement=…, microbatches=…, transport=… and wire=… are for several devices: pass devices=2, names, "
+                "or a Cluster"
             )
         check_transport(self.transport)
         Wire.of(self.wire)
