@@ -7,6 +7,7 @@ from typing import Any
 
 from millrace.cli.arguments import add_json, add_settings, parser, print_json
 from millrace.errors import MillraceError, SettingError
+from millrace.graph.passes.gradients_apart import gradients_apart
 from millrace.graph.passes.microbatch import microbatch
 from millrace.graph.passes.prune import prune
 from millrace.place.algorithms.registry import ALGORITHMS
@@ -50,7 +51,7 @@ def main(arguments: list[str]) -> None:
     options.add_argument("--out", type=Path, metavar="FILE.json", help="write the expected timeline")
     add_json(options)
     given = options.parse_args(arguments)
-    graph = microbatch(step_graph(configure(given.task, given.assignments)), given.microbatches)
+    graph = gradients_apart(microbatch(step_graph(configure(given.task, given.assignments)), given.microbatches))
     graph = prune(graph, ["loss"], graph.updates)
     cluster = read_cluster(given.cluster) if given.cluster else local_cluster(given.devices)
     found = place(graph, cluster, _wishes(given.on), search=given.search, budget_s=given.budget, wire=given.wire)

@@ -14,6 +14,7 @@ from torch import Tensor
 from millrace.compile.tiered import Say
 from millrace.errors import FeedError, FetchError, MillraceError, SettingError, did_you_mean
 from millrace.graph.graph import TRAIN, Graph, feed_key
+from millrace.graph.passes.gradients_apart import gradients_apart
 from millrace.graph.passes.microbatch import microbatch
 from millrace.graph.passes.prune import prune
 from millrace.graph.passes.sparse_rows import sparse_rows
@@ -129,7 +130,7 @@ class PlacedSession:
         self._reader = FeedReader(graph, Memory([]))
         self._own = Session(graph, variables, compile="eager", say=say)
         self._stale = False  # whether the devices have newer values than `variables`
-        whole = _Shape(microbatch(graph, microbatches, reduction=reduction), microbatches)
+        whole = _Shape(_divided(graph, microbatches, reduction), microbatches)
         self._wire.check(whole.graph)
         self._shapes: dict[Key, _Shape] = {_key(feed.spec for feed in graph.feeds): whole}
         step = sparse_rows(whole.graph)
@@ -307,7 +308,7 @@ class PlacedSession:
         sizes = {shape[0] for shape, _ in key if shape}
         size = sizes.pop() if len(sizes) == 1 else 1
         parts = max(n for n in range(1, self.microbatches + 1) if size % n == 0)
-        return _Shape(microbatch(graph.with_(initial={}), parts, reduction=self._reduction), parts)
+        return _Shape(_divided(graph.with_(initial={}), parts, self._reduction), parts)
 
     def _program(self, names: tuple[str, ...], key: Key) -> _Program:
         if (key, names) not in self._programs:
@@ -387,6 +388,10 @@ def _refuse_other_devices(graph: Graph) -> None:
             f"a step that is to be divided over devices is traced on the CPU, but this one has tensors on "
             f"{', '.join(elsewhere)}. Leave the model and its batches on the CPU: the devices get their parts of it."
         )
+
+
+def _divided(graph: Graph, parts: int, reduction: str) -> Graph:
+    return gradients_apart(microbatch(graph, parts, reduction=reduction))
 
 
 def _key(specs: Iterable[TensorSpec]) -> Key:
