@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from millrace.cli.place import describe
 from millrace.graph.passes.microbatch import microbatch
 from millrace.graph.passes.prune import prune
 from millrace.graph.training import training_graph
 from millrace.place.chrome_trace import expected_spans, write_trace
 from millrace.place.cluster_file import parse_cluster, read_cluster
 from millrace.place.placement import place
+from millrace.place.summary import describe
 
 TWO_FAST_TWO_SLOW = """
 [[device]]

@@ -60,7 +60,7 @@ class NodeView:
     phase: str = "forward"  # other phases get a box of their own around their scopes
     shape: tuple[int, ...] | None = None
     dtype: str | None = None  # "float32" or "torch.float32"
-    device: str | None = None  # "cpu", "cuda:1", or a full "/job:…/device:GPU:0"
+    device: str | None = None  # "cpu", "cuda:1", a cluster's "/host:0/gpu:1", or a full "/job:…/device:GPU:0"
 
 
 class EventWriter:
@@ -214,10 +214,11 @@ def _free_path(path: str, taken: set[str]) -> str:
 
 def _device_path(device: str | None) -> str:
     """The form that the page finds devices by: it looks for "/device:TYPE:number" at the end."""
-    if device is None or device.startswith("/"):
+    if device is None or "/device:" in device:
         return device or ""
-    kind, _, index = device.partition(":")
-    return f"/device:{_DEVICE_TYPES.get(kind, kind.upper())}:{index or 0}"
+    host, _, name = device.rpartition("/")
+    kind, _, index = name.partition(":")
+    return f"{host}/device:{_DEVICE_TYPES.get(kind, kind.upper())}:{index or 0}"
 
 
 def _flat(settings: Mapping[str, object], prefix: str = "") -> list[tuple[str, object]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 from torch import Tensor
 
-from millrace.graph.graph import Graph, info, spec_of
-from millrace.train.events import EventWriter, NodeView
+from millrace.graph.graph import Graph
+from millrace.graph.places import Places
+from millrace.train.events import EventWriter
+from millrace.train.graph_views import node_views
 from millrace.train.metrics import RunningMeans
 from millrace.train.progress import Progress
 from millrace.train.run_directory import RunDirectory
@@ -17,14 +19,23 @@ from millrace.train.run_directory import RunDirectory
 class Journal:
     """Notes what a run measures. Without a run directory it only shows progress.
 
+    places: tells of a graph which device runs what, where there are several.
     means: of the training loss and metrics when they were last logged.
     """
 
-    def __init__(self, run: RunDirectory | None, progress: Progress, *, log_every: int) -> None:
+    def __init__(
+        self,
+        run: RunDirectory | None,
+        progress: Progress,
+        *,
+        log_every: int,
+        places: Callable[[Graph], Places] | None = None,
+    ) -> None:
         self.means: dict[str, float] = {}
         self._run = run
         self._progress = progress
         self._log_every = log_every
+        self._places = places
         self._running = RunningMeans()
         self._unlogged = 0
         self._events: EventWriter | None = None
@@ -36,7 +47,7 @@ class Journal:
         # 0 also when nothing is resumed: a run killed before its first checkpoint has left events of its first steps.
         self._events = EventWriter(self._run.events, resume_step=resumed_step or 0)
         if resumed_step is None:
-            self._events.graph(node_views(graph))
+            self._events.graph(node_views(graph, self._places(graph) if self._places else None))
 
     def step(self, step: int, values: Mapping[str, Tensor]) -> None:
         """Take in one step's loss and metrics; every `log_every` steps their means are logged."""
@@ -83,21 +94,3 @@ class Journal:
             self._run.log(step, values)
         if self._events is not None:
             self._events.scalars(step, scalars)
-
-
-def node_views(graph: Graph) -> Iterator[NodeView]:
-    """The graph's nodes for TensorBoard's graph page."""
-    for node in graph.fx.nodes:
-        if node.op == "output":
-            continue
-        spec, origin = spec_of(node), info(node)
-        yield NodeView(
-            name=node.name,
-            op=str(node.target) if node.op == "call_function" else node.op,
-            inputs=tuple(n.name for n in node.all_input_nodes),
-            scope=origin.scope or origin.variable.replace("*", ""),
-            phase=str(origin.phase) if node.op == "call_function" else "forward",
-            shape=spec.shape if spec else None,
-            dtype=str(spec.dtype) if spec else None,
-            device=spec.device if spec else None,
-        )

@@ -9,30 +9,33 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
 from torch.fx import Node
 
 from millrace.graph.graph import Graph, feed_key, info
+from millrace.graph.picture.arrows import arrows, sent_variables
 from millrace.graph.picture.contract import contract
 from millrace.graph.picture.layout import Edge, ranks
+from millrace.graph.places import Places, short_names
 from millrace.graph.scopes import SHARED, cut, fitting_depth, scope_of
 from millrace.graph.signature import Phase, short_dtype
 from millrace.graph.sizes import human_bytes, new_bytes, value_bytes
 from millrace.graph.text import operator_label
 
 Colour = Literal["phase", "device", "dtype"]
-FEED, FETCH = "feed", "fetch"
+FEED, FETCH, VARIABLE = "feed", "fetch", "variable"
 _BLOCKS = {Phase.FORWARD: 0, Phase.BACKWARD: 1, Phase.UPDATE: 2}
 _MODULES = 40  # as many modules are shown, in as much depth as that permits
-_TERMINALS = 8  # more feeds or fetches than these become one box
+_TERMINALS = 8  # more feeds, fetches or variables than these become one box
 
 
 @dataclass(frozen=True)
 class Box:
-    """One box. kind: a phase, "feed" or "fetch". colour: what its colour stands for. details: shown on hovering."""
+    """One box. kind: a phase, "feed", "fetch" or "variable". colour: what its colour stands for. details: shown on
+    hovering. device: that it is placed on, where the graph is placed."""
 
     title: str
     lines: tuple[str, ...]
@@ -42,30 +45,42 @@ class Box:
     details: str = ""
     block: int = 0
     rank: int = 0
+    device: str = ""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Boxes, and arrows between them by box numbers with the bytes that they carry. note: what had to be left out."""
+    """Boxes, and arrows between them by box numbers with the bytes that they carry. note: what had to be left out.
+
+    devices: of a placed graph, each with a few words about it. summary: of the placement.
+    """
 
     title: str
     boxes: tuple[Box, ...]
     arrows: Mapping[Edge, int]
     by_module: bool
     note: str = ""
+    devices: Mapping[str, str] = field(default_factory=dict)
+    summary: str = ""
+
+    def crosses(self, edge: Edge) -> bool:
+        """Whether an arrow leads from one device to another."""
+        source, target = (self.boxes[number].device for number in edge)
+        return bool(source and target and source != target)
 
 
-def module_picture(graph: Graph, colour: Colour) -> Picture:
-    """A box per module and phase."""
+def module_picture(graph: Graph, colour: Colour, places: Places | None = None) -> Picture:
+    """A box per module and phase, and device where the graph is placed."""
     depth = fitting_depth((info(n).scope for n in graph.nodes), _MODULES)
-    keys = {n: (info(n).phase, cut(scope_of(n), depth)) for n in graph.nodes}
+    where = places.nodes if places else {}
+    keys = {n: (info(n).phase, cut(scope_of(n), depth), where.get(n.name, "")) for n in graph.nodes}
     groups = contract(graph.nodes, keys.__getitem__)
-    boxes = [_module_box(keys[group[0]], group, colour) for group in groups]
-    drawn = _assemble(graph, groups, boxes, colour, by_module=True)
+    boxes = [_module_box(*keys[group[0]][:2], group, colour) for group in groups]
+    drawn = _assemble(graph, groups, boxes, colour, places, by_module=True)
     return replace(drawn, boxes=_in_rows_of_modules(drawn))
 
 
-def node_picture(graph: Graph, colour: Colour) -> Picture:
+def node_picture(graph: Graph, colour: Colour, places: Places | None = None) -> Picture:
     """A box per node; the parts of a tuple belong to the node that makes it."""
     groups: dict[Node, list[Node]] = {}
     for node in graph.nodes:
@@ -76,12 +91,11 @@ def node_picture(graph: Graph, colour: Colour) -> Picture:
     updated = {node: variable for variable, node in graph.updates.items()}
     inputs = {node: name for name, node in graph.placeholders().items()}
     boxes = [_node_box(node, parts, updated, inputs, colour) for node, parts in groups.items()]
-    drawn = _assemble(graph, list(groups.values()), boxes, colour, by_module=False)
+    drawn = _assemble(graph, list(groups.values()), boxes, colour, places, by_module=False)
     return replace(drawn, boxes=_in_rows_of_nodes(drawn))
 
 
-def _module_box(key: tuple[Phase, str], nodes: Sequence[Node], colour: Colour) -> Box:
-    phase, scope = key
+def _module_box(phase: Phase, scope: str, nodes: Sequence[Node], colour: Colour) -> Box:
     biggest = sorted((n for n in nodes if new_bytes(n)), key=new_bytes, reverse=True)
     names = Counter(_plain(n) for n in biggest)
     shown = list(names)[:3] or [_plain(nodes[0])]
@@ -143,42 +157,71 @@ def _colour(nodes: Sequence[Node], colour: Colour) -> str:
 
 
 def _assemble(
-    graph: Graph, groups: Sequence[Sequence[Node]], boxes: Sequence[Box], colour: Colour, *, by_module: bool
+    graph: Graph,
+    groups: Sequence[Sequence[Node]],
+    boxes: Sequence[Box],
+    colour: Colour,
+    places: Places | None,
+    *,
+    by_module: bool,
 ) -> Picture:
-    """Feeds, the given boxes and fetches, with the arrows between them."""
-    placeholders = graph.placeholders()
-    feeds = [placeholders[feed_key(f.name)] for f in graph.feeds]
+    """Feeds, variables that go to other devices, the given boxes and fetches, with the arrows between them."""
+    inputs = graph.placeholders()
+    names = {node: name for name, node in inputs.items()}
+    feeds = [inputs[feed_key(f.name)] for f in graph.feeds]
     fetched = {name: graph.node(node) for name, node in graph.fetches.items()}
     # A training graph can hand out every gradient; arrows to all of them would hide the rest.
     forward = {name: node for name, node in fetched.items() if info(node).phase is Phase.FORWARD}
     fetched = forward or fetched
-    every = [_terminal(FEED, [feed_key(f.name) for f in graph.feeds], feeds, colour), list(boxes)]
-    every.append(_terminal(FETCH, list(fetched), list(fetched.values()), colour))
-    box_of = {node: len(every[0]) + number for number, group in enumerate(groups) for node in group}
-    box_of |= {node: min(number, len(every[0]) - 1) for number, node in enumerate(feeds)}
-    carried: dict[Edge, dict[Node, int]] = {}
-    for node in graph.nodes:
-        for source in node.all_input_nodes:
-            if source in box_of and box_of[source] != box_of[node]:
-                carried.setdefault((box_of[source], box_of[node]), {})[source] = value_bytes(source.meta.get("val"))
-    first = len(every[0]) + len(boxes)
-    for number, node in enumerate(fetched.values()):
-        if node in box_of:
-            target = min(first + number, first + len(every[2]) - 1)
-            carried.setdefault((box_of[node], target), {})[node] = value_bytes(node.meta.get("val"))
+    short = short_names([*places.nodes.values(), *places.variables.values()]) if places else {}
+    box_of: dict[Node, int] = {}
+    every: list[Box] = []
+
+    def add(found: Sequence[Box], nodes: Sequence[Node]) -> None:
+        box_of.update({node: len(every) + min(n, len(found) - 1) for n, node in enumerate(nodes)})
+        every.extend(found)
+
+    add(_terminal(FEED, [names[f] for f in feeds], feeds, colour, placed=places is not None), feeds)
+    for device, sent in (sent_variables(graph, places) if places else {}).items():
+        found = _terminal(VARIABLE, [names[v] for v in sent], sent, colour, placed=True)
+        add([_on(box, device, short) for box in found], sent)
+    for box, group in zip(boxes, groups, strict=True):
+        device = places.nodes.get(group[0].name, "") if places else ""
+        box_of.update(dict.fromkeys(group, len(every)))
+        every.append(_on(box, device, short) if device else box)
+    handed = list(fetched.values())
+    ends = _terminal(FETCH, list(fetched), handed, colour, placed=places is not None)
+    numbers = [len(every) + min(n, len(ends) - 1) for n in range(len(handed))]
+    drawn = arrows(graph, box_of, list(zip(handed, numbers, strict=True)), places)
+    return Picture(
+        _title(graph),
+        (*every, *ends),
+        drawn,
+        by_module,
+        devices=places.notes if places else {},
+        summary=places.summary if places else "",
+    )
+
+
+def _on(box: Box, device: str, short: Mapping[str, str]) -> Box:
+    """A box with its device, which is also written there: colours alone are for those who see them."""
+    *lines, last = box.lines or ("",)
+    shown = " · ".join(filter(None, [last, short[device]]))
+    return replace(box, device=device, colour=device, lines=(*lines, shown))
+
+
+def _title(graph: Graph) -> str:
     counts = Counter(info(n).phase for n in graph.nodes)
     phases = ", ".join(f"{counts[p]} {p}" for p in Phase if counts[p])
     held = human_bytes(sum(v.spec.size_bytes for v in graph.variables))
-    title = f"{len(graph.nodes)} nodes: {phases} · {len(graph.variables)} variables, {held}"
-    arrows = {edge: sum(sizes.values()) for edge, sizes in carried.items()}
-    return Picture(title, tuple(box for part in every for box in part), arrows, by_module)
+    return f"{len(graph.nodes)} nodes: {phases} · {len(graph.variables)} variables, {held}"
 
 
-def _terminal(kind: str, names: Sequence[str], nodes: Sequence[Node], colour: Colour) -> list[Box]:
-    """A box for every feed or fetch, or one for all when there are many."""
+def _terminal(kind: str, names: Sequence[str], nodes: Sequence[Node], colour: Colour, *, placed: bool) -> list[Box]:
+    """A box for every feed, fetch or variable, or one for all when there are many."""
     if len(names) > _TERMINALS:
         return [Box(f"{len(names)} {kind}{'es' if kind == FETCH else 's'}", (), kind, "", kind, "\n".join(names))]
-    colours = [kind if colour == "phase" else _colour([node], colour) for node in nodes]
+    colours = [kind if placed or colour == "phase" else _colour([node], colour) for node in nodes]
     specs = [", ".join(_spec(v) for v in _leaves(node.meta.get("val"))) for node in nodes]
     return [Box(name, (spec,), kind, "", tint) for name, spec, tint in zip(names, specs, colours, strict=True)]
 
@@ -230,7 +273,7 @@ def _in_rows_of_nodes(picture: Picture) -> tuple[Box, ...]:
 
 
 def _forward_ranks(picture: Picture) -> list[int]:
-    shown = {n for n, box in enumerate(picture.boxes) if box.kind in (Phase.FORWARD, FEED, FETCH)}
+    shown = {n for n, box in enumerate(picture.boxes) if box.kind in (Phase.FORWARD, FEED, FETCH, VARIABLE)}
     return ranks(len(picture.boxes), [e for e in picture.arrows if shown.issuperset(e)])
 
 

@@ -6,8 +6,11 @@ import math
 from collections.abc import Iterator, Sequence
 from html import escape
 
+from millrace.graph.picture.colours import paints_of
+from millrace.graph.picture.elements import arrow_head, dashed, head_identity, text_at, text_width
 from millrace.graph.picture.frames import Frame, frames
 from millrace.graph.picture.layout import Edge, Item, Layout, Point, arrange
+from millrace.graph.picture.legend import ARROWS, legend
 from millrace.graph.picture.picture import FEED, FETCH, Box, Picture
 from millrace.graph.picture.routes import Curve, bounds, route
 from millrace.graph.scopes import SHARED
@@ -15,38 +18,17 @@ from millrace.graph.signature import Phase
 from millrace.graph.sizes import human_bytes
 
 _MARGIN = 28.0
-_HEAD = 92.0  # px above the first row: title, legend and the blocks' headings
+_TITLE = 26.0  # px from the upper edge to the title's baseline
+_HEADING = 34.0  # px above the first row: the blocks' headings
 _LINE = 15.0
 _PADDING = 11.0
 _BOLD = 1.1  # how much wider bold letters are
 _WIDEST = 34  # characters in a box's title or line
 _FONT = "'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
-_PHASE_COLOURS = {
-    FEED: ("#f1f5f9", "#64748b"),
-    str(Phase.FORWARD): ("#dbeafe", "#2563eb"),
-    str(Phase.BACKWARD): ("#ffedd5", "#ea580c"),
-    str(Phase.UPDATE): ("#dcfce7", "#16a34a"),
-    FETCH: ("#fef9c3", "#a16207"),
-}
-_OTHER_COLOURS = (
-    ("#dbeafe", "#2563eb"),
-    ("#ffedd5", "#ea580c"),
-    ("#dcfce7", "#16a34a"),
-    ("#f3e8ff", "#9333ea"),
-    ("#ffe4e6", "#e11d48"),
-    ("#cffafe", "#0891b2"),
-    ("#fef9c3", "#a16207"),
-    ("#e2e8f0", "#475569"),
-)
+# Where along an arrow its label may stand.
+_ALONG = (0.5, 0.42, 0.58, 0.34, 0.66, 0.26, 0.74, 0.18, 0.82)
+_AT_SOURCE, _AT_TARGET = (0.1, 0.07, 0.13, 0.04), (0.9, 0.93, 0.87, 0.96)
 _HEADINGS = {0: "forward ↓", 1: "backward ↑", 2: "update"}
-# what an arrow carries -> stroke, dashes
-_ARROWS = {
-    "activations": ("#64748b", ""),
-    "kept for the backward pass": ("#94a3b8", "5 4"),
-    "gradients": ("#ea580c", ""),
-    "gradients to the update": ("#16a34a", ""),
-    "shared": ("#cbd5e1", ""),
-}
 
 
 def to_svg(picture: Picture) -> str:
@@ -75,12 +57,6 @@ def _size(box: Box) -> tuple[float, float]:
     return max(max(texts) + 2 * _PADDING, 64.0), 2 * _PADDING - 4 + _LINE * (1 + len(box.lines))
 
 
-def text_width(text: str, size_px: float) -> float:
-    """About the width of a text in px, by the widest of the usual sans-serif fonts."""
-    narrow, wide = "iljtfrI.,:;|!'()[] /", "mwMW%@→"
-    return size_px * sum(0.37 if c in narrow else 0.9 if c in wide else 0.7 if c.isupper() else 0.62 for c in text)
-
-
 def _clipped(text: str) -> str:
     """The text with its middle left out where it is too long: the ends of a path tell most."""
     if len(text) <= _WIDEST:
@@ -104,58 +80,40 @@ class _Drawing:
         self.left = min(least, 0.0) - _MARGIN
         self.right = max(greatest, layout.width, 560.0 - 2 * _MARGIN) + _MARGIN
         self.bottom = layout.height + _MARGIN + (10.0 if frames else 0.0)
-        tints = dict.fromkeys(sorted({b.colour for b in picture.boxes} - _PHASE_COLOURS.keys()))
-        others = {tint: _OTHER_COLOURS[n % len(_OTHER_COLOURS)] for n, tint in enumerate(tints)}
-        self.colours = {**_PHASE_COLOURS, **others}
+        self.paints = paints_of(picture)
         self.taken = [self._rectangle(n) for n in range(len(items))]
-        self.head = list(self.top())
+        carried = [self.carries(edge) for edge in self.curves]
+        high = legend(picture, self.paints, carried, 0.0, 0.0).bottom
+        self.top = -(_TITLE + high + _HEADING)
+        self.head = legend(picture, self.paints, carried, self.left + _MARGIN, self.top + _TITLE)
+        self.right = max(self.right, self.head.right + _MARGIN / 2)
 
     def text(self) -> str:
-        width, height = self.right - self.left, self.bottom + _HEAD
+        width, height = self.right - self.left, self.bottom - self.top
         parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
-            f'viewBox="{self.left:.1f} {-_HEAD:.1f} {width:.1f} {height:.1f}" font-family="{_FONT}">',
+            f'viewBox="{self.left:.1f} {self.top:.1f} {width:.1f} {height:.1f}" font-family="{_FONT}">',
             "<defs>",
-            *(_head(name, colour) for name, (colour, _) in _ARROWS.items()),
+            *(arrow_head(name, colour) for name, (colour, _) in ARROWS.items()),
             "</defs>",
-            f'<rect x="{self.left:.1f}" y="{-_HEAD:.1f}" width="{width:.1f}" height="{height:.1f}" fill="#ffffff"/>',
-            *self.head,
+            f'<rect x="{self.left:.1f}" y="{self.top:.1f}" width="{width:.1f}" height="{height:.1f}" fill="#ffffff"/>',
+            *self.head.parts,
+            *self.headings(),
             *(self.frame(c) for c in self.frames),
-            *(self.arrow(edge) for edge in self.curves),
+            *(self.arrow(edge) for edge in self._by_weight()),
             *(part for n in range(len(self.items)) for part in self.box(n)),
             *self.labels(),
             "</svg>",
         ]
         return "\n".join(parts) + "\n"
 
-    def top(self) -> Iterator[str]:
-        """Title, legend and the headings of the blocks."""
-        x = self.left + _MARGIN
-        yield _text(x, 26 - _HEAD, self.picture.title, 15, "#0f172a", weight="600")
-        if self.picture.note:
-            yield _text(
-                x + text_width(self.picture.title, 15) * _BOLD + 12, 26 - _HEAD, self.picture.note, 12, "#b45309"
-            )
-        y = 46 - _HEAD
-        used = {box.colour for box in self.picture.boxes}
-        for tint in [tint for tint in self.colours if tint in used]:
-            fill, stroke = self.colours[tint]
-            yield f'<rect x="{x:.1f}" y="{y - 9:.1f}" width="12" height="12" rx="3" fill="{fill}" stroke="{stroke}"/>'
-            yield _text(x + 18, y + 1, tint, 11, "#334155")
-            x += 32 + text_width(tint, 11)
-        carried = {self.carries(edge) for edge in self.curves}
-        for name in [name for name in _ARROWS if name in carried]:
-            stroke, dashes = _ARROWS[name]
-            yield (
-                f'<path d="M{x:.1f},{y - 3:.1f} h22" stroke="{stroke}" stroke-width="1.8" fill="none"'
-                f'{_dashed(dashes)} marker-end="url(#{_identity(name)})"/>'
-            )
-            label = "serves several variables" if name == "shared" else name
-            yield _text(x + 32, y + 1, label, 11, "#334155")
-            x += 48 + text_width(label, 11)
-        self.right = max(self.right, x)
+    def _by_weight(self) -> list[Edge]:
+        """The arrows, those between devices last: on top of the others, and first where there is room for labels."""
+        return sorted(self.curves, key=self.picture.crosses)
+
+    def headings(self) -> Iterator[str]:
         for block, (left, right) in self.layout.blocks.items():
-            yield _text((left + right) / 2, 76 - _HEAD, _HEADINGS[block], 13, "#475569", "middle", "600")
+            yield text_at((left + right) / 2, -16, _HEADINGS[block], 13, "#475569", "middle", "600")
 
     def frame(self, frame: Frame) -> str:
         rows, blocks = self.layout.rows, self.layout.blocks
@@ -168,12 +126,16 @@ class _Drawing:
         return (
             f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{bottom - top:.1f}" rx="10" '
             f'fill="#64748b" fill-opacity="0.045" stroke="#cbd5e1"/>'
-            + _text(left + 10, top + 15, frame.scope, 11, "#64748b", weight="600")
+            + text_at(left + 10, top + 15, frame.scope, 11, "#64748b", weight="600")
         )
 
     def carries(self, edge: Edge) -> str:
         """What an arrow stands for: a key of the legend."""
         a, b = (self.picture.boxes[n] for n in edge)
+        if self.picture.crosses(edge):
+            return "between devices"
+        if self.picture.devices:
+            return "within a device"
         if SHARED in (a.scope, b.scope):
             return "shared"
         if b.kind == Phase.UPDATE:
@@ -184,24 +146,24 @@ class _Drawing:
 
     def arrow(self, edge: Edge) -> str:
         name = self.carries(edge)
-        stroke, dashes = _ARROWS[name]
+        stroke, dashes = ARROWS[name]
         size = self.picture.arrows[edge]
         # A factor of 1000 in bytes is one pixel.
-        width = min(max(1.0, 1.0 + math.log10(max(size, 1) / 1024) / 3), 4.0)
+        width = min(max(1.0, 1.0 + math.log10(max(size, 1) / 1024) / 3), 4.0) + 0.8 * self.picture.crosses(edge)
         curve = self.curves[edge]
         path = f"M{_point(curve.pieces[0][0])}" + "".join(
             f" C{_point(b)} {_point(c)} {_point(d)}" for _, b, c, d in curve.pieces
         )
         source, target = (self.picture.boxes[n].title for n in edge)
         return (
-            f'<path d="{path}" fill="none" stroke="{stroke}" stroke-width="{width:.2f}"{_dashed(dashes)} '
-            f'marker-end="url(#{_identity(name)})"><title>{escape(source)} → {escape(target)}: '
+            f'<path d="{path}" fill="none" stroke="{stroke}" stroke-width="{width:.2f}"{dashed(dashes)} '
+            f'marker-end="url(#{head_identity(name)})"><title>{escape(source)} → {escape(target)}: '
             f"{human_bytes(size)}</title></path>"
         )
 
     def box(self, number: int) -> Iterator[str]:
         box, item = self.picture.boxes[number], self.items[number]
-        fill, stroke = self.colours[box.colour]
+        fill, stroke = self.paints[box.colour]
         x, y, width, height = self._rectangle(number)
         radius = height / 2 if box.kind in (FEED, FETCH) else 7.0
         yield (
@@ -209,29 +171,35 @@ class _Drawing:
             f'width="{width:.1f}" height="{height:.1f}" rx="{radius:.1f}" fill="{fill}" stroke="{stroke}"/>'
         )
         middle, baseline = x + item.width / 2, y + _PADDING + 10
-        yield _text(middle, baseline, _clipped(box.title), 13, "#0f172a", "middle", "600")
+        ink = "#1e293b" if box.device else "#475569"  # the fills of devices are darker
+        yield text_at(middle, baseline, _clipped(box.title), 13, "#0f172a", "middle", "600")
         for line in box.lines:
             baseline += _LINE
-            yield _text(middle, baseline, _clipped(line), 11, "#475569", "middle")
+            yield text_at(middle, baseline, _clipped(line), 11, ink, "middle")
         yield "</g>"
 
     def labels(self) -> Iterator[str]:
         """The bytes of the arrows, where there is room; the others show theirs on hovering."""
-        for edge, curve in self.curves.items():
-            name = self.carries(edge)
-            if name == "shared" or (not self.picture.by_module and name == "kept for the backward pass"):
+        for edge in reversed(self._by_weight()):
+            name, crosses = self.carries(edge), self.picture.crosses(edge)
+            # Arrows from and to what serves several variables run along one line, where labels would be in a heap.
+            hub = [self.picture.boxes[n].scope == SHARED for n in edge] if self.picture.by_module else [False, False]
+            if (any(hub) and not crosses) or (not self.picture.by_module and name == "kept for the backward pass"):
                 continue
             label = human_bytes(self.picture.arrows[edge])
-            place = self._free_place(curve, text_width(label, 10) + 4)
+            shares = _AT_TARGET if hub[0] else _AT_SOURCE if hub[1] else _ALONG
+            width = text_width(label, 10) * (_BOLD if crosses else 1.0) + 4
+            place = self._free_place(self.curves[edge], shares, width)
             if place is not None:
                 x, y, width, height = place
+                colour, weight = (ARROWS[name][0], "700") if crosses else ("#475569", "400")
                 yield (
                     f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="3" fill="#ffffff" '
                     f'fill-opacity="0.85"/>'
-                ) + _text(x + width / 2, y + 10, label, 10, "#475569", "middle")
+                ) + text_at(x + width / 2, y + 10, label, 10, colour, "middle", weight)
 
-    def _free_place(self, curve: Curve, width: float) -> tuple[float, float, float, float] | None:
-        for share in (0.5, 0.42, 0.58, 0.34, 0.66, 0.26, 0.74, 0.18, 0.82):
+    def _free_place(self, curve: Curve, shares: Sequence[float], width: float) -> Rectangle | None:
+        for share in shares:
             x, y = curve.at(share)
             place = (x - width / 2, y - 6.5, width, 13.0)
             if not any(_overlap(place, other) for other in self.taken):
@@ -253,27 +221,3 @@ def _overlap(a: Rectangle, b: Rectangle) -> bool:
 
 def _point(point: Point) -> str:
     return f"{point[0]:.1f},{point[1]:.1f}"
-
-
-def _dashed(dashes: str) -> str:
-    return f' stroke-dasharray="{dashes}"' if dashes else ""
-
-
-def _identity(name: str) -> str:
-    return "to-" + name.replace(" ", "-")
-
-
-def _head(name: str, colour: str) -> str:
-    return (
-        f'<marker id="{_identity(name)}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" '
-        f'markerUnits="userSpaceOnUse" orient="auto"><path d="M0,0.8 L8,4 L0,7.2 z" fill="{colour}"/></marker>'
-    )
-
-
-def _text(
-    x: float, y: float, content: str, size_px: int, colour: str, anchor: str = "start", weight: str = "400"
-) -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size_px}" font-weight="{weight}" fill="{colour}" '
-        f'text-anchor="{anchor}">{escape(content)}</text>'
-    )
