@@ -15,6 +15,10 @@ from millrace.graph.graph import Graph
 from millrace.graph.signature import TensorSpec, Variable
 from millrace.place.wire import expected_bytes
 
+# What a segment is called that holds no part of the graph: it hands over variables as they were before the step, or
+# assigns new values at its end.
+KEPT, ASSIGNED = "values before the step", "assignments"
+
 
 @dataclass(frozen=True)
 class Edge:

@@ -12,7 +12,7 @@ from torch.fx import Node
 from millrace.graph.graph import Graph, feed_key, set_output, step_module
 from millrace.graph.signature import Feed, TensorSpec
 from millrace.graph.values import is_cheap, reads_of
-from millrace.partition.program import DeviceProgram, Edge, Instruction, Run, Segment, Send
+from millrace.partition.program import ASSIGNED, KEPT, DeviceProgram, Edge, Instruction, Run, Segment, Send
 
 
 @dataclass
@@ -71,7 +71,7 @@ class _Builder:
         instructions = list(self._outline.instructions)
         if self._early:
             instructions.insert(0, Run(len(segments)))
-            segments.append(self._segment([], ["values before the step"], handed=self._early))
+            segments.append(self._segment([], [KEPT], handed=self._early))
         if self._late:
             instructions.append(Run(len(segments)))
             segments.append(self._assignments())
@@ -119,7 +119,7 @@ class _Builder:
         return self._graph_of(nodes, outputs, {v: new for v, new in updates.items() if new in made}, tasks)
 
     def _assignments(self) -> Segment:
-        return self._graph_of([], [], self._late, ["assignments"])
+        return self._graph_of([], [], self._late, [ASSIGNED])
 
     def _graph_of(
         self, nodes: Sequence[Node], outputs: Sequence[Node], updates: Mapping[str, Node], tasks: Sequence[str]

@@ -7,7 +7,7 @@ tasks for each device, and one of transfers for each that sends.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,15 +28,18 @@ class Span:
 
 
 def expected_spans(placement: Placement) -> list[Span]:
-    """What the simulator expects of a step."""
+    """What the simulator expects of a step: the graph's tasks, and the transfers."""
     problem, found = placement.problem, placement.expected
     names = problem.device_names_D
+    first = problem.tasks - len(placement.grouping.tasks)  # before it: variables being there for others, for no time
     spans = [
-        Span(names[placement.plan.device_G[group]], name, float(start), float(end))
-        for name, group, start, end in zip(
-            problem.task_names_T, problem.group_T, found.start_s_T, found.end_s_T, strict=True
+        Span(
+            names[placement.plan.device_G[problem.group_T[task]]],
+            problem.task_names_T[task],
+            float(found.start_s_T[task]),
+            float(found.end_s_T[task]),
         )
-        if end > start
+        for task in range(first, problem.tasks)
     ]
     for transfer in found.transfers:
         task = problem.task_names_T[problem.producer_K[transfer.tensor]]
@@ -48,23 +51,30 @@ def expected_spans(placement: Placement) -> list[Span]:
 
 def write_trace(spans: Iterable[Span], path: Path, title: str) -> None:
     """Write a timeline. Args: title: the name of the process that rows are shown under. Raises: OSError."""
-    spans = list(spans)
+    replace_bytes(path, trace_bytes({title: spans}))
+
+
+def trace_bytes(timelines: Mapping[str, Iterable[Span]]) -> bytes:
+    """The content of a trace file. Args: timelines: title -> spans; they are shown one below the other."""
+    events = [event for number, title in enumerate(timelines) for event in _events(number, title, timelines[title])]
+    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode()
+
+
+def _events(process: int, title: str, timeline: Iterable[Span]) -> Iterator[dict[str, object]]:
+    spans = list(timeline)
     rows = {row: number for number, row in enumerate(sorted({span.row for span in spans}))}
-    events: list[dict[str, object]] = [
-        {"ph": "M", "pid": 0, "name": "process_name", "args": {"name": title}},
-        *({"ph": "M", "pid": 0, "tid": n, "name": "thread_name", "args": {"name": row}} for row, n in rows.items()),
-    ]
+    yield {"ph": "M", "pid": process, "name": "process_name", "args": {"name": title}}
+    yield {"ph": "M", "pid": process, "name": "process_sort_index", "args": {"sort_index": process}}
+    for row, number in rows.items():
+        yield {"ph": "M", "pid": process, "tid": number, "name": "thread_name", "args": {"name": row}}
     for span in spans:
-        events.append(
-            {
-                "ph": "X",
-                "pid": 0,
-                "tid": rows[span.row],
-                "name": span.name,
-                "cat": span.kind,
-                "ts": 1e6 * span.start_s,
-                "dur": 1e6 * (span.end_s - span.start_s),
-                "args": {"bytes": span.size_bytes} if span.size_bytes else {},
-            }
-        )
-    replace_bytes(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}).encode())
+        yield {
+            "ph": "X",
+            "pid": process,
+            "tid": rows[span.row],
+            "name": span.name,
+            "cat": span.kind,
+            "ts": 1e6 * span.start_s,
+            "dur": 1e6 * (span.end_s - span.start_s),
+            "args": {"bytes": span.size_bytes} if span.size_bytes else {},
+        }

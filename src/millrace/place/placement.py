@@ -101,35 +101,24 @@ def place(
     if budget_s is None:
         budget_s = min(_LONGEST_SEARCH_S, _SEARCH_S_PER_GROUP * problem.groups)
     plan = algorithm(search)(problem, budget_s=budget_s, seed=seed)
-<<<<<<< HEAD
-    return Placement(cluster, wishes, narrowed, grouping, problem, plan, expect(problem, plan))
-=======
-    return Placement(cluster, wishes, grouping, problem, plan, expect(problem, plan), profile)
->>>>>>> 2cb8121 (Pictures and TensorBoard's graph page show which device runs what; millrace graph --placed)
+    return Placement(cluster, wishes, narrowed, grouping, problem, plan, expect(problem, plan), profile)
 
 
 def follow(placement: Placement, graph: Graph, *, fused: bool = True) -> Placement:
     """The same devices for another graph of the same step: for other fetches, or a batch of another size."""
     grouping = grouped_like(placement, graph)
     everywhere = np.ones((len(grouping.groups), len(placement.cluster.devices)), dtype=bool)
-<<<<<<< HEAD
-    problem = describe(graph, grouping, placement.cluster, everywhere, placement.wire, fused=fused)
+    cluster, hints, wire, profile = placement.cluster, placement.hints, placement.wire, placement.profile
+    problem = describe(graph, grouping, cluster, everywhere, wire, fused=fused, profile=profile)
     device_G = placement.plan.device_G
     plan = Plan(device_G, best_order(problem, device_G), placement.plan.algorithm, "as planned before")
-    return Placement(placement.cluster, hints, placement.wire, grouping, problem, plan, expect(problem, plan))
-=======
-    problem = describe(graph, grouping, placement.cluster, everywhere, fused=fused, profile=placement.profile)
-    device_G = placement.plan.device_G
-    plan = Plan(device_G, best_order(problem, device_G), placement.plan.algorithm, "as planned before")
-    expected = expect(problem, plan)
-    return Placement(placement.cluster, placement.hints, grouping, problem, plan, expected, placement.profile)
+    return Placement(cluster, hints, wire, grouping, problem, plan, expect(problem, plan), profile)
 
 
 def grouped_like(placement: Placement, graph: Graph) -> Grouping:
     """Another graph of the same step in the groups of a placement."""
     hints = placement.hints
     return group(graph, _weight, lambda node, path: label_of(node, path, hints), like=placement.grouping)
->>>>>>> 2cb8121 (Pictures and TensorBoard's graph page show which device runs what; millrace graph --placed)
 
 
 def _weight(node: Node) -> float:

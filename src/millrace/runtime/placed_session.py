@@ -47,10 +47,11 @@ Place = Callable[[Graph], Sequence[Piece]]
 class Timeline:
     """What every device did in one step.
 
-    times: device -> the moments at which its instructions began and the last one ended, in seconds of the host's
-    monotonic clock. wire: what it sent.
+    graph: what was run. partition: how it was cut. times: device -> the moments at which its instructions began and the
+    last one ended, in seconds of the host's monotonic clock. wire: what it sent.
     """
 
+    graph: Graph
     partition: Partition
     times: Mapping[str, Sequence[float]]
     wire: WireBytes
@@ -376,7 +377,7 @@ class PlacedSession:
                 self._say(f"between the devices: {self.wire_bytes()}")
         if self.watch_time:
             times = {device: answer.fields["times"] for device, answer in answers.items()}
-            self.timeline = Timeline(program.partition, times, self.wire_bytes())
+            self.timeline = Timeline(program.graph, program.partition, times, self.wire_bytes())
         return answers
 
 

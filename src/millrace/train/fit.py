@@ -19,8 +19,9 @@ from millrace.errors import DataError, SettingError, did_you_mean
 from millrace.graph.passes.splitting.split import split
 from millrace.graph.training import Loss, UpdateRule, training_graph
 from millrace.optim.optimizer import Optimizer
+from millrace.runtime.session import Session
 from millrace.train.callbacks import Callback, CallbackList
-from millrace.train.devices import session_for
+from millrace.train.devices import DeviceRun
 from millrace.train.evaluation import Evaluator
 from millrace.train.journal import Journal
 from millrace.train.plan import Plan, PlanSettings
@@ -75,6 +76,7 @@ def fit(
             transport: "shared_memory" or "gloo"; None: as the devices' hosts allow.
             wire: narrow what they send each other: "bfloat16", "int8", "zeros" (exact), or a mapping such as
             {"encoder.*": "int8"}; see docs/placement.md.
+            The run directory then also has the placement and the timeline of a step: see `millrace.train.devices`.
         steps_per_call: run this many steps in one compiled call (for small models).
         seed: of the data's order and of the step's random numbers (not of the model's initial weights).
         evaluate_every, checkpoint_every: in steps; by default at the end of every epoch.
@@ -118,6 +120,7 @@ def fit(
             enabled=plan.progress,
         )
         evaluator = Evaluator(model, loss, precision=plan.precision, compile=plan.compile, say=progress.message)
+        devices = None if plan.devices is None else DeviceRun(plan, progress.message)
         trainer = Trainer(
             plan,
             lambda batch: split(
@@ -133,11 +136,11 @@ def fit(
                 ),
                 plan.partitions,
             ),
-            lambda graph: session_for(graph, plan, progress.message),
+            devices.session if devices else lambda graph: Session(graph, compile=plan.compile, say=progress.message),
             batches,
             evaluate=None if held_out is None else lambda: evaluator.means(held_out.one_pass()),
-            callbacks=CallbackList(callbacks),
-            journal=Journal(run, progress, log_every=plan.log_every),
+            callbacks=CallbackList([*([devices] if devices else []), *callbacks]),
+            journal=Journal(run, progress, log_every=plan.log_every, places=devices.places if devices else None),
             run=run,
             saver=saver,
             resumed=resumed,

@@ -5,6 +5,7 @@
     state.json         running, finished, interrupted or failed; process, step, times
     metrics.jsonl      one JSON object per line
     checkpoints/  events/
+    placement.json  placement.svg  timeline.json    of a run over several devices (train/devices.py)
     lock               held while a run writes here
 
 A resumed run writes config.json and environment.json anew; what differed before stays as config.1.json and so on.

@@ -26,8 +26,10 @@ _BOLD = 1.1  # how much wider bold letters are
 _WIDEST = 34  # characters in a box's title or line
 _FONT = "'Helvetica Neue', Helvetica, Arial, 'DejaVu Sans', sans-serif"
 # Where along an arrow its label may stand.
-_ALONG = (0.5, 0.42, 0.58, 0.34, 0.66, 0.26, 0.74, 0.18, 0.82)
-_AT_SOURCE, _AT_TARGET = (0.1, 0.07, 0.13, 0.04), (0.9, 0.93, 0.87, 0.96)
+_ALONG: tuple[float, ...] = (0.5, 0.42, 0.58, 0.34, 0.66, 0.26, 0.74, 0.18, 0.82)
+_ANYWHERE = tuple(n / 50 for n in range(2, 49))  # between devices, rather than nowhere
+_AT_SOURCE: tuple[float, ...] = (0.1, 0.07, 0.13, 0.04)
+_AT_TARGET: tuple[float, ...] = (0.9, 0.93, 0.87, 0.96)
 _HEADINGS = {0: "forward ↓", 1: "backward ↑", 2: "update"}
 
 
@@ -188,6 +190,7 @@ class _Drawing:
                 continue
             label = human_bytes(self.picture.arrows[edge])
             shares = _AT_TARGET if hub[0] else _AT_SOURCE if hub[1] else _ALONG
+            shares += _ANYWHERE if crosses else ()
             width = text_width(label, 10) * (_BOLD if crosses else 1.0) + 4
             place = self._free_place(self.curves[edge], shares, width)
             if place is not None:
