@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tests.small import cross_entropy, labelled, mlp
 from torch import nn
 
@@ -156,3 +159,54 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
         trained(devices=absent)
     with pytest.raises(PlacementError, match="fits no module path"):
         trained(devices=TWO, placement={"encoder": "cpu:0"})
+
+
+def timeline(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The spans of a trace file by the title that they are shown under, each with its row."""
+    events = json.loads(path.read_text())["traceEvents"]
+    titles = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    rows = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    found: dict[str, list[dict[str, Any]]] = {title: [] for title in titles.values()}
+    for event in events:
+        if event["ph"] == "X":
+            assert event["dur"] >= 0
+            found[titles[event["pid"]]].append({**event, "row": rows[event["pid"], event["tid"]]})
+    return found
+
+
+def test_a_run_tells_which_device_does_what(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trained(devices=TWO, placement=APART, microbatches=2, epochs=1, run_dir=run)
+    placement = json.loads((run / "placement.json").read_text())
+    assert {group: device for group, device in placement["groups"].items() if group[0] in "02"} == {
+        **{group: "/host:0/cpu:0" for group in placement["groups"] if group.startswith("0")},
+        **{group: "/host:0/cpu:1" for group in placement["groups"] if group.startswith("2")},
+    }
+    svg = ElementTree.fromstring((run / "placement.svg").read_text())
+    shown = [element.text or "" for element in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"/host:0/cpu:0", "/host:0/cpu:1", "between devices"} <= set(shown)
+    nodes = {node.name: node for node in EventAccumulator(str(run / "events")).Reload().Graph().node}
+    assert {node.device for node in nodes.values()} == {"", "/host:0/device:CPU:0", "/host:0/device:CPU:1"}
+    assert all(nodes[name].device.endswith("CPU:0") for name in nodes if name.startswith(("0/", "backward/0/")))
+    for node in nodes.values():
+        if node.op.startswith("Recv"):
+            (sent,) = node.input
+            assert nodes[sent].op.startswith("Send")
+            assert {node.device[-5:], nodes[sent].device[-5:]} == {"CPU:0", "CPU:1"}
+    assert sum(node.op.startswith("Recv") for node in nodes.values()) > 0
+
+
+def test_a_step_in_the_middle_is_timed_beside_what_was_expected(tmp_path: Path) -> None:
+    trained(devices=TWO, placement=APART, epochs=1, run_dir=tmp_path / "short")
+    assert list(timeline(tmp_path / "short" / "timeline.json"))[1] == "measured: step 2 (eager)"
+    trained(devices=TWO, placement=APART, microbatches=2, epochs=5, run_dir=tmp_path / "run")
+    found = timeline(tmp_path / "run" / "timeline.json")
+    assert list(found) == ["expected (eager)", "measured: step 20 (eager)"]
+    expected, measured = found.values()
+    for kind in ("task", "transfer"):
+        names = [
+            sorted((span["row"], span["name"]) for span in spans if span["cat"] == kind) for spans in found.values()
+        ]
+        assert names[0] == names[1] != []
+    rows = {"/host:0/cpu:0", "/host:0/cpu:1", "/host:0/cpu:0 sends", "/host:0/cpu:1 sends"}
+    assert {span["row"] for span in expected} == {s["row"] for s in measured if s["cat"] != "wait"} == rows

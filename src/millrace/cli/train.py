@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from millrace.cli.arguments import RUN_HELP, add_device, add_json, add_settings, parser, print_json
+from millrace.cli.placing import add_dividing, wishes
 from millrace.errors import MillraceError, SettingError
+from millrace.place.cluster_file import read_cluster
 from millrace.train.callbacks import Callback, RunView
+from millrace.train.devices import PICTURE, TIMELINE
 from millrace.train.run_directory import RunDirectory
 from millrace.zoo.base import Task
 from millrace.zoo.registry import check_name
-from millrace.zoo.run import Finished, configure, configure_again, find_run, train
+from millrace.zoo.run import Division, Finished, configure, configure_again, find_run, train
 
 _DESCRIPTION = """\
 Train a task of the zoo, or go on with a run that was interrupted, was killed, or is to get longer.
@@ -26,6 +29,7 @@ _EXAMPLES = """
 millrace train digits
 millrace train digits --set epochs=5 --set seed=1 --json
 millrace train chars --device cuda --set precision=bfloat16
+millrace train chars --devices 2 --microbatches 4        over two worker processes of this machine
 millrace train --resume latest
 millrace train --resume runs/digits-20260101-120000-abcd --set epochs=60     train on, for longer"""
 
@@ -35,7 +39,7 @@ def main(arguments: list[str]) -> None:
     given = _parsed(arguments)
     resumed = None if given.resume is None else find_run(given.resume)
     task = _task(given.task, given.assignments, resumed)
-    watcher = _Watcher(quiet=given.quiet)
+    watcher = _Watcher(quiet=given.quiet, division=_division_arguments(given))
     try:
         finished = train(
             task,
@@ -44,6 +48,7 @@ def main(arguments: list[str]) -> None:
             resume=resumed,
             progress=not given.quiet,
             callbacks=[watcher],
+            division=_division(given),
         )
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(watcher.interrupted()) from interrupt
@@ -63,6 +68,9 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     options.add_argument("--resume", metavar="RUN", help=f"go on with {RUN_HELP}")
     options.add_argument("--run-dir", metavar="DIR", help="the run's own directory (default: a new one under runs/)")
     add_device(options)
+    options.add_argument("--devices", type=int, metavar="N", help="train over so many worker processes of this machine")
+    options.add_argument("--cluster", type=Path, metavar="FILE", help="or over those in a cluster file")
+    add_dividing(options)
     add_json(options)
     options.add_argument("--quiet", action="store_true", help="show no progress")
     given = options.parse_args(arguments)
@@ -70,7 +78,27 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
         options.error("a TASK is needed (`millrace tasks` lists them), or --resume RUN")
     if given.resume is not None and given.run_dir is not None:
         options.error("--run-dir is for new runs; --resume RUN goes on in RUN")
+    if given.devices is not None and given.cluster is not None:
+        options.error("--devices N makes workers of this machine, --cluster FILE lists them: give one of the two")
+    if given.devices is None and given.cluster is None and (given.on or given.microbatches > 1):
+        options.error("--on and --microbatches are for several devices: give --devices N, or --cluster FILE")
     return given
+
+
+def _division(given: argparse.Namespace) -> Division:
+    devices = read_cluster(given.cluster) if given.cluster is not None else given.devices
+    return Division(devices, wishes(given.on) or None, given.microbatches, given.partitions)
+
+
+def _division_arguments(given: argparse.Namespace) -> str:
+    """The arguments that a run needs again when it goes on."""
+    found = []
+    for name, default in (("devices", None), ("cluster", None), ("microbatches", 1), ("partitions", 1)):
+        if getattr(given, name) != default:
+            found += [f"--{name}", str(getattr(given, name))]
+    for wish in given.on:
+        found += ["--on", wish]
+    return "".join(" " + shlex.quote(each) for each in found)
 
 
 def _task(name: str | None, assignments: list[str], resumed: RunDirectory | None) -> Task[Any]:
@@ -87,11 +115,11 @@ def _task(name: str | None, assignments: list[str], resumed: RunDirectory | None
 class _Watcher(Callback):
     """Says where the run is when it begins, and remembers what to say when it ends."""
 
-    def __init__(self, quiet: bool) -> None:
+    def __init__(self, quiet: bool, division: str) -> None:
         self.directory: Path | None = None
         self.first_step = 0  # steps done before
         self.saved_step: int | None = None
-        self._quiet = quiet
+        self._quiet, self._division = quiet, division
 
     def on_start(self, run: RunView) -> None:
         self.directory, self.first_step = run.directory, run.step
@@ -103,7 +131,7 @@ class _Watcher(Callback):
 
     def command(self) -> str:
         """What goes on with the run."""
-        return f"millrace train --resume {shlex.quote(str(self.directory))}"
+        return f"millrace train --resume {shlex.quote(str(self.directory))}{self._division}"
 
     def interrupted(self) -> str:
         """What to say after Ctrl-C."""
@@ -126,3 +154,5 @@ def _print(finished: Finished, metric: str, watcher: _Watcher) -> None:
     else:
         sofar = f" after the first {before}" if before else ""
         print(f"{result.steps - before} steps{sofar} in {result.train_s:.1f} s; the run is in {result.run_dir}")
+    if result.run_dir is not None and (result.run_dir / TIMELINE).exists():
+        print(f"which device did what: {PICTURE} there; when: {TIMELINE}, to be opened at ui.perfetto.dev")

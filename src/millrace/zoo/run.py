@@ -15,6 +15,7 @@ from millrace.data.batches import Json
 from millrace.errors import CheckpointError, RunDirectoryError, SettingError
 from millrace.graph.graph import Graph
 from millrace.graph.training import training_graph
+from millrace.place.cluster import Cluster
 from millrace.runtime.checkpoint import Checkpoints
 from millrace.train.callbacks import Callback
 from millrace.train.fit import fit
@@ -57,6 +58,16 @@ class Finished:
             "tier": result.tier,
             "run_dir": str(result.run_dir),
         }
+
+
+@dataclass(frozen=True)
+class Division:
+    """Over what a run is divided: see `fit`. devices: None trains in this process."""
+
+    devices: int | Cluster | None = None
+    placement: Mapping[str, str] | None = None
+    microbatches: int = 1
+    partitions: int = 1
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,7 @@ def train(
     resume: RunDirectory | None = None,
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
+    division: Division = Division(),
 ) -> Finished:
     """Train a task, evaluate it on its test data, and leave result.json in the run directory.
 
@@ -118,11 +130,12 @@ def train(
         resume: the run to go on with, instead.
         progress: show how far it is, on stderr.
         callbacks: beside the task's own.
+        division: over several devices; `device` is the CPU then, unless it is named.
 
     Raises: as `millrace.train.fit.fit`.
     """
     settings = task.settings
-    device = checked_device(device)
+    device = checked_device("cpu" if device is None and division.devices is not None else device)
     data = task.data(None if resume is None else resume.config.get("facts"))
     torch.manual_seed(settings.seed)
     model = task.model(data.facts)
@@ -142,6 +155,10 @@ def train(
             run_dir=run_dir if resume is None else resume.path,
             resume=resume is not None,
             progress=progress,
+            devices=division.devices,
+            placement=division.placement,
+            microbatches=division.microbatches,
+            partitions=division.partitions,
             **_fit_settings(settings),
         )
         model.eval()
