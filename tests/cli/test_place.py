@@ -53,3 +53,32 @@ def test_what_it_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "MODULES=DEVICE" in capsys.readouterr().err
     assert main(["place", "digits", "--cluster", str(file), "--on", "nothing=gpu:0"]) == 1
     assert "fits no module path" in capsys.readouterr().err
+    assert main(["place", "digits", "--cluster", str(file), "--on", "block1=gpu:7"]) == 1
+    assert "gpu:7" in capsys.readouterr().err
+    assert main(["place", "digits", "--cluster", str(file), "--microbatches", "0"]) == 2
+    assert "--microbatches 0: expected a whole number of at least 1" in capsys.readouterr().err
+    nowhere = str(tmp_path / "none" / "step.json")
+    assert main(["place", "digits", "--cluster", str(file), "--budget", "0.1", "--out", nowhere]) == 1
+    assert "Choose another place" in capsys.readouterr().err
+
+
+def test_a_short_name_that_two_devices_have_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "two-hosts.toml"
+    file.write_text(CLUSTER + CLUSTER.partition("[[link]]")[0].replace("host:0", "host:1"))
+    given = ["place", "digits", "--set", "width=4", "--cluster", str(file), "--search", "hints_only"]
+    assert main([*given, "--on", "block1=gpu:2"]) == 1
+    error = capsys.readouterr().err
+    assert "/host:0/gpu:2" in error
+    assert "/host:1/gpu:2" in error
+    assert main([*given, "--on", "block1=/host:1/gpu:2", "--json"]) == 0
+    groups = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["groups"]
+    assert {device for group, device in groups.items() if group.startswith("block1")} == {"/host:1/gpu:2"}
+
+
+def test_blocks_of_layers_are_placed_as_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "four.toml"
+    file.write_text(CLUSTER)
+    given = ["place", "digits", "--cluster", str(file), "--partitions", "2", "--budget", "0.3", "--json"]
+    assert main(given) == 0
+    groups = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["groups"]
+    assert any(group.endswith("block 1") for group in groups)
