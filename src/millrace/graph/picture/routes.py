@@ -29,7 +29,9 @@ class Curve:
         return x, y
 
 
-def route(items: Sequence[Item], edges: Iterable[Edge], layout: Layout, hubs: frozenset[int]) -> dict[Edge, Curve]:
+def route(
+    items: Sequence[Item], edges: Iterable[Edge], layout: Layout, hubs: frozenset[int], rail_px: float = 26.0
+) -> dict[Edge, Curve]:
     """The curve of every edge.
 
     Inside a block arrows leave and enter at the top and bottom, between blocks at the sides. The edges of `hubs` (items
@@ -42,7 +44,7 @@ def route(items: Sequence[Item], edges: Iterable[Edge], layout: Layout, hubs: fr
         start, end = ports[edge]
         a, b = items[edge[0]], items[edge[1]]
         if hubs.intersection(edge):
-            curves[edge] = _rail(start, end, _rail_x(edge, items, layout))
+            curves[edge] = _rail(start, end, _rail_x(edge, items, layout, rail_px))
         elif a.block != b.block or a.rank == b.rank:
             out = _way_out(start, sides[edge][0], edge[0], b, items, layout)
             back = _way_out(end, sides[edge][1], edge[1], a, items, layout)
@@ -153,12 +155,12 @@ def _down_or_up(start: Point, end: Point, first: int, last: int, layout: Layout,
     return Curve((*pieces, _vertical(now, end)))
 
 
-def _rail_x(edge: Edge, items: Sequence[Item], layout: Layout) -> float:
+def _rail_x(edge: Edge, items: Sequence[Item], layout: Layout, rail_px: float) -> float:
     """Right of a block for arrows inside it, left of it for arrows that come from or go to other blocks."""
     a, b = items[edge[0]].block, items[edge[1]].block
     if a == b:
-        return layout.blocks[a][1] + 26.0
-    return layout.blocks[max(a, b)][0] - 26.0
+        return layout.blocks[a][1] + rail_px
+    return layout.blocks[max(a, b)][0] - rail_px
 
 
 def _rail(start: Point, end: Point, x: float) -> Curve:

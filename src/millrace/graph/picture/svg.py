@@ -50,7 +50,8 @@ def to_svg(picture: Picture) -> str:
         block_gap=150 if picture.by_module else 110,
         space_above=space,
     )
-    curves = route(items, picture.arrows, layout, hubs)
+    # Where devices are shown, there is a label between a box and the rail.
+    curves = route(items, picture.arrows, layout, hubs, 62.0 if picture.devices else 26.0)
     return _Drawing(picture, items, layout, curves, around).text()
 
 
