@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,12 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """An empty cache, no GPU, and given figures: the list gets a number of threads for every measurement."""
     asked: list[int] = []
 
-    def measure(threads: int, budget_s: float) -> dict[str, float]:
+    def measure(threads: int, beside: Sequence[int], budget_s: float) -> dict[str, float]:
         asked.append(threads)
         return {**dict.fromkeys(CLASSES, 1e9 * len(asked)), SPECIAL: 1e9, "product.bfloat16": 1e9, "dispatch_s": 2e-6}
 
     monkeypatch.setenv("MILLRACE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(calibrate, "_measure_cpu", measure)
+    monkeypatch.setattr(calibrate, "_measure", measure)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     return asked
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from millrace.place import calibrate
 from millrace.place.calibrate import calibration_path, cpu_figures, host_link_figures
 from millrace.place.cluster import CLASSES, SPECIAL
 
+VERSION = calibrate._VERSION
 FIGURES = {**dict.fromkeys(CLASSES, 1e9), SPECIAL: 5e8, "product.bfloat16": 2e9, "dispatch_s": 1e-6}
 
 
@@ -29,7 +30,7 @@ class Measuring:
     def __init__(self) -> None:
         self.asked: list[int] = []
 
-    def __call__(self, threads: int, budget_s: float) -> dict[str, float]:
+    def __call__(self, threads: int, beside: Sequence[int], budget_s: float) -> dict[str, float]:
         self.asked.append(threads)
         return {name: value * len(self.asked) for name, value in FIGURES.items()}
 
@@ -38,7 +39,7 @@ class Measuring:
 def measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Measuring:
     monkeypatch.setenv("MILLRACE_CACHE", str(tmp_path / "cache"))
     found = Measuring()
-    monkeypatch.setattr(calibrate, "_measure_cpu", found)
+    monkeypatch.setattr(calibrate, "_measure", found)
     return found
 
 
@@ -70,10 +71,10 @@ def without(name: str) -> dict[str, float]:
         b"[]",
         b"null",
         b"\xff\xfe",
-        json.dumps({"version": 1, "cpu 1": FIGURES}).encode(),
+        json.dumps({"version": VERSION - 1, "cpu 1": FIGURES}).encode(),
         json.dumps({"cpu 1": FIGURES}).encode(),
         *(
-            json.dumps({"version": 2, "cpu 1": damaged}).encode()
+            json.dumps({"version": VERSION, "cpu 1": damaged}).encode()
             for damaged in (
                 None,
                 [1.0],
@@ -104,7 +105,7 @@ def test_a_damaged_file_is_measured_anew_and_mended(kept: bytes, measuring: Meas
 def test_what_is_good_in_a_file_stays_beside_what_is_damaged(measuring: Measuring) -> None:
     calibration_path().parent.mkdir()
     good = {name: 7 * value for name, value in FIGURES.items()}
-    calibration_path().write_text(json.dumps({"version": 2, "cpu 4": good, "cpu 1": {"product": -1.0}}))
+    calibration_path().write_text(json.dumps({"version": VERSION, "cpu 4": good, "cpu 1": {"product": -1.0}}))
     cpu_figures(1)
     assert cpu_figures(4) == good
     assert measuring.asked == [1]
@@ -143,7 +144,7 @@ def test_several_at_once_leave_a_whole_file(measuring: Measuring) -> None:
     for thread in threads:
         thread.join()
     kept: dict[str, Any] = json.loads(calibration_path().read_text())
-    assert kept["version"] == 2
+    assert kept["version"] == VERSION
     assert [p.name for p in calibration_path().parent.iterdir()] == [calibration_path().name]
 
 
@@ -157,17 +158,25 @@ def test_the_link_is_kept_beside_the_devices(measuring: Measuring, monkeypatch: 
     assert measuring.asked == [1]
 
 
-def test_rates_are_means_over_workers_that_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
-    lock, answers = threading.Lock(), iter([1.0, 3.0, 10.0])
+def test_a_worker_beside_others_is_measured_and_kept_apart(measuring: Measuring) -> None:
+    cpu_figures(1)
+    assert cpu_figures(1, [2, 1])["dispatch_s"] == 2e-6
+    assert cpu_figures(1, [1, 2])["dispatch_s"] == 2e-6  # the same company
+    assert cpu_figures(1, [1])["dispatch_s"] == 3e-6
+    assert cpu_figures(1) == FIGURES
+    assert measuring.asked == [1, 1, 1]
+
+
+def test_figures_are_means_over_the_workers_that_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, answers = threading.Lock(), iter([1.0, 3.0])
 
     def measure(threads: int, budget_s: float) -> dict[str, float]:
         with lock:
-            return {"product": next(answers)}
+            return {"product": next(answers) if threads == 1 else 100.0}
 
     monkeypatch.setattr(calibrate, "_measure_worker", measure)
-    assert calibrate._measure_cpu(2, 0.1) == {"product": 2.0}  # two workers of two threads
-    assert calibrate._measure_cpu(4, 0.1) == {"product": 10.0}  # one
+    assert calibrate._measure(1, [2, 1], 0.1) == {"product": 2.0}
+    assert calibrate._measure(2, [], 0.1) == {"product": 100.0}
 
 
 def test_a_worker_that_fails_is_named_with_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
