@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from millrace.cli.arguments import RUN_HELP, add_device, add_json, add_settings, parser, print_json
-from millrace.cli.placing import add_dividing, wishes
+from millrace.cli.placing import add_dividing, devices_of, wishes
 from millrace.errors import MillraceError, SettingError
 from millrace.place.cluster_file import read_cluster
 from millrace.train.callbacks import Callback, RunView
@@ -68,7 +68,9 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     options.add_argument("--resume", metavar="RUN", help=f"go on with {RUN_HELP}")
     options.add_argument("--run-dir", metavar="DIR", help="the run's own directory (default: a new one under runs/)")
     add_device(options)
-    options.add_argument("--devices", type=int, metavar="N", help="train over so many worker processes of this machine")
+    options.add_argument(
+        "--devices", type=devices_of, metavar="N", help="train over N CPU workers here, or gpu:0,cpu:0, or all"
+    )
     options.add_argument("--cluster", type=Path, metavar="FILE", help="or over those in a cluster file")
     add_dividing(options)
     add_json(options)
@@ -95,7 +97,8 @@ def _division_arguments(given: argparse.Namespace) -> str:
     found = []
     for name, default in (("devices", None), ("cluster", None), ("microbatches", 1), ("partitions", 1)):
         if getattr(given, name) != default:
-            found += [f"--{name}", str(getattr(given, name))]
+            value = getattr(given, name)
+            found += [f"--{name}", ",".join(value) if isinstance(value, list) else str(value)]
     for wish in given.on:
         found += ["--on", wish]
     return "".join(" " + shlex.quote(each) for each in found)

@@ -15,10 +15,10 @@ from millrace.data.batches import Json
 from millrace.errors import CheckpointError, RunDirectoryError, SettingError
 from millrace.graph.graph import Graph
 from millrace.graph.training import training_graph
-from millrace.place.cluster import Cluster
 from millrace.runtime.checkpoint import Checkpoints
 from millrace.train.callbacks import Callback
 from millrace.train.fit import fit
+from millrace.train.plan import Devices
 from millrace.train.result import Result
 from millrace.train.run_directory import RunDirectory
 from millrace.train.run_files import encode_json, write_atomically
@@ -64,7 +64,7 @@ class Finished:
 class Division:
     """Over what a run is divided: see `fit`. devices: None trains in this process."""
 
-    devices: int | Cluster | None = None
+    devices: Devices | None = None
     placement: Mapping[str, str] | None = None
     microbatches: int = 1
     partitions: int = 1
