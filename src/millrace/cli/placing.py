@@ -15,9 +15,19 @@ from millrace.place.algorithms.registry import ALGORITHMS
 from millrace.place.cluster_file import read_cluster
 from millrace.place.placement import Placement, place
 from millrace.place.probe import local_cluster
+from millrace.place.wire import CODECS
 from millrace.zoo.run import configure, step_graph
 
-PLACING = ("cluster", "devices", "search", "budget", "microbatches", "partitions", "on")  # the arguments of add_placing
+PLACING = (
+    "cluster",
+    "devices",
+    "search",
+    "budget",
+    "microbatches",
+    "partitions",
+    "on",
+    "wire",
+)  # the arguments of add_placing
 
 
 def add_dividing(options: argparse.ArgumentParser) -> None:
@@ -26,6 +36,9 @@ def add_dividing(options: argparse.ArgumentParser) -> None:
     options.add_argument("--partitions", type=int, default=1, metavar="N", help="blocks of each wide layer (1)")
     options.add_argument(
         "--on", action="append", default=[], metavar="MODULES=DEVICE", help="a wish; * stands for anything"
+    )
+    options.add_argument(
+        "--wire", metavar="CODEC", help=f"narrow what goes between devices: one of {', '.join(CODECS)}"
     )
 
 
@@ -57,7 +70,8 @@ def placed_step(given: argparse.Namespace) -> tuple[Graph, Placement]:
     graph = prune(graph, ["loss"], graph.updates)
     cluster = read_cluster(given.cluster) if given.cluster else local_cluster(given.devices)
     parts = gradients_apart(microbatch(graph, given.microbatches))
-    return graph, place(parts, cluster, wishes(given.on), search=given.search, budget_s=given.budget)
+    hints, codec = wishes(given.on), given.wire
+    return graph, place(parts, cluster, hints, search=given.search, budget_s=given.budget, wire=codec)
 
 
 def wishes(assignments: list[str]) -> dict[str, str]:

@@ -82,20 +82,20 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
         options.error("--run-dir is for new runs; --resume RUN goes on in RUN")
     if given.devices is not None and given.cluster is not None:
         options.error("--devices N makes workers of this machine, --cluster FILE lists them: give one of the two")
-    if given.devices is None and given.cluster is None and (given.on or given.microbatches > 1):
-        options.error("--on and --microbatches are for several devices: give --devices N, or --cluster FILE")
+    if given.devices is None and given.cluster is None and (given.on or given.wire or given.microbatches > 1):
+        options.error("--on, --wire and --microbatches are for several devices: give --devices N, or --cluster FILE")
     return given
 
 
 def _division(given: argparse.Namespace) -> Division:
     devices = read_cluster(given.cluster) if given.cluster is not None else given.devices
-    return Division(devices, wishes(given.on) or None, given.microbatches, given.partitions)
+    return Division(devices, wishes(given.on) or None, given.microbatches, given.partitions, given.wire)
 
 
 def _division_arguments(given: argparse.Namespace) -> str:
     """The arguments that a run needs again when it goes on."""
     found = []
-    for name, default in (("devices", None), ("cluster", None), ("microbatches", 1), ("partitions", 1)):
+    for name, default in (("devices", None), ("cluster", None), ("microbatches", 1), ("partitions", 1), ("wire", None)):
         if getattr(given, name) != default:
             value = getattr(given, name)
             found += [f"--{name}", ",".join(value) if isinstance(value, list) else str(value)]

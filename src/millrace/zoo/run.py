@@ -68,6 +68,7 @@ class Division:
     placement: Mapping[str, str] | None = None
     microbatches: int = 1
     partitions: int = 1
+    wire: str | None = None
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ def train(
             placement=division.placement,
             microbatches=division.microbatches,
             partitions=division.partitions,
+            wire=division.wire,
             **_fit_settings(settings),
         )
         model.eval()
