@@ -13,9 +13,10 @@ from millrace.place.algorithms.registry import algorithm
 from millrace.place.cluster import Cluster
 from millrace.place.contention import expect
 from millrace.place.cost import tensor_bytes, works_of
+from millrace.place.demands import Demands, allowed_devices
 from millrace.place.describe import describe
 from millrace.place.grouping import Grouping, Task, group
-from millrace.place.hints import Hints, allowed_devices, label_of
+from millrace.place.hints import Hints, refuse_idle
 from millrace.place.order import best_order
 from millrace.place.problem import Plan, Problem
 from millrace.place.profile import Profile
@@ -35,6 +36,7 @@ class Placement:
     cluster: Cluster
     hints: Hints
     wire: Wire
+    demands: Demands
     grouping: Grouping
     problem: Problem
     plan: Plan
@@ -93,25 +95,34 @@ def place(
         when `wire` names a codec or a module that does not exist.
     """
     wishes, narrowed = Hints.of(hints), Wire.of(wire)
+    refuse_idle(graph, wishes)
     narrowed.check(graph)
-    grouping = group(graph, _weight, lambda node, path: label_of(node, path, wishes), limit=limit)
-    allowed = allowed_devices(graph, grouping, cluster, wishes)
+    demands = Demands(graph, wishes)
+    grouping = group(graph, _weight, demands.label, limit=limit)
+    allowed = allowed_devices(grouping, cluster, demands)
     problem = describe(graph, grouping, cluster, allowed, narrowed, fused=fused, profile=profile)
     if budget_s is None:
         budget_s = min(_LONGEST_SEARCH_S, _SEARCH_S_PER_GROUP * problem.groups)
     plan = algorithm(search)(problem, budget_s=budget_s, seed=seed)
-    return Placement(cluster, wishes, narrowed, grouping, problem, plan, expect(problem, plan))
+    return Placement(cluster, wishes, narrowed, demands, grouping, problem, plan, expect(problem, plan))
 
 
 def follow(placement: Placement, graph: Graph, *, fused: bool = True) -> Placement:
-    """The same devices for another graph of the same step: for other fetches, or a batch of another size."""
+    """The same devices for another graph of the same step: for other fetches, or a batch of another size.
+
+    Raises: PlacementError when what only this graph has cannot be placed as wished.
+    """
     hints = placement.hints
-    grouping = group(graph, _weight, lambda node, path: label_of(node, path, hints), like=placement.grouping)
-    everywhere = np.ones((len(grouping.groups), len(placement.cluster.devices)), dtype=bool)
-    problem = describe(graph, grouping, placement.cluster, everywhere, placement.wire, fused=fused)
-    device_G = placement.plan.device_G
+    demands = Demands(graph, hints, placement.demands)
+    grouping = group(graph, _weight, demands.label, like=placement.grouping)
+    allowed = allowed_devices(grouping, placement.cluster, demands)
+    new = len(grouping.groups) - len(placement.grouping.groups)
+    device_G = np.concatenate([placement.plan.device_G, np.zeros(new, dtype=np.int64)])
+    lost_G = ~allowed[np.arange(len(device_G)), device_G]
+    device_G[lost_G] = allowed[lost_G].argmax(axis=1)
+    problem = describe(graph, grouping, placement.cluster, allowed, placement.wire, fused=fused)
     plan = Plan(device_G, best_order(problem, device_G), placement.plan.algorithm, "as planned before")
-    return Placement(placement.cluster, hints, placement.wire, grouping, problem, plan, expect(problem, plan))
+    return Placement(placement.cluster, hints, placement.wire, demands, grouping, problem, plan, expect(problem, plan))
 
 
 def _weight(node: Node) -> float:
