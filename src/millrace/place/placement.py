@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch.fx import Node
 
+from millrace.errors import PlacementError
 from millrace.graph.graph import Graph
 from millrace.place.algorithms.registry import algorithm
 from millrace.place.cluster import Cluster
@@ -95,6 +96,9 @@ def place(
         when `wire` names a codec or a module that does not exist.
     """
     wishes, narrowed = Hints.of(hints), Wire.of(wire)
+    if not graph.nodes or not cluster.devices:
+        lacking = "the graph computes nothing" if cluster.devices else "the cluster has no devices"
+        raise PlacementError(f"{lacking}, so there is nothing to place. Give `place` a step and at least one device.")
     refuse_idle(graph, wishes)
     narrowed.check(graph)
     demands = Demands(graph, wishes)
