@@ -48,8 +48,9 @@ class Group:
         messages = {}
         for number, (device, program) in enumerate(partition.programs.items()):
             save_program(program, partition.edges, base / str(number))
-            fields = {"key": key, "directory": str(base / str(number)), "meeting": str(meeting)}
-            messages[device] = Message("program", {**fields, "compile": "eager", "timeout_s": SOON_S})
+            where = {"directory": str(base / str(number)), "meeting": str(meeting), "transport": "shared_memory"}
+            how = {"devices": list(partition.programs), "compile": "eager", "timeout_s": SOON_S}
+            messages[device] = Message("program", {"key": key, **where, **how})
         self.workers.ask(messages, SOON_S)
         return key
 

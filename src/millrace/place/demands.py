@@ -16,9 +16,9 @@ from millrace.graph.signature import Phase
 from millrace.place.cluster import Cluster
 from millrace.place.code_wishes import Said, said_in_code
 from millrace.place.grouping import Grouping
-from millrace.place.hints import Hints, inside
+from millrace.place.hints import Hints
 from millrace.place.kernels import KINDS, has_kernel, is_users_own, kinds_with_kernel
-from millrace.place.paths import path_of
+from millrace.place.paths import inside, path_of
 
 _KINDS = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda"}
 
