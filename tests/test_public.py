@@ -18,8 +18,9 @@ from millrace.train.plan import Plan, PlanSettings
 
 PUBLIC = {
     "Callback", "Checkpoints", "EarlyStopping", "Estimator", "Evaluator", "Graph", "MillraceError", "Model", "Result",
-    "RunDirectory", "Session", "__version__", "cond", "data", "errors", "evaluation_graph", "fit", "graph",
-    "load_graph", "load_weights", "map_", "optim", "save_graph", "save_weights", "scan", "trace", "training_graph",
+    "RunDirectory", "Session", "__version__", "colocate", "cond", "data", "device", "errors", "evaluation_graph", "fit",
+    "graph", "load_graph", "load_weights", "map_", "optim", "save_graph", "save_weights", "scan", "trace",
+    "training_graph",
 }  # fmt: skip
 
 

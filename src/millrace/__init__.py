@@ -15,7 +15,18 @@ from millrace.version import __version__
 
 if TYPE_CHECKING:
     from millrace import data, errors, graph, optim
-    from millrace.graph import Graph, cond, evaluation_graph, load_graph, map_, save_graph, scan, training_graph
+    from millrace.graph import (
+        Graph,
+        colocate,
+        cond,
+        device,
+        evaluation_graph,
+        load_graph,
+        map_,
+        save_graph,
+        scan,
+        training_graph,
+    )
     from millrace.graph.trace import trace
     from millrace.runtime import Checkpoints, Session, load_weights, save_weights
     from millrace.train import Callback, EarlyStopping, Estimator, Evaluator, Model, Result, RunDirectory
@@ -34,8 +45,10 @@ __all__ = [
     "RunDirectory",
     "Session",
     "__version__",
+    "colocate",
     "cond",
     "data",
+    "device",
     "errors",
     "evaluation_graph",
     "fit",

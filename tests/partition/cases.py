@@ -1,4 +1,4 @@
-"""Random placements and orders of graphs, and an exchange between threads."""
+"""Random placements and orders of graphs, what they compute in one piece, and an exchange between threads."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from millrace.compile.eager import compile_eager
 from millrace.errors import WorkerError
 from millrace.graph.graph import Graph
-from millrace.partition.pieces import Piece
+from millrace.partition.cut import cut
+from millrace.partition.pieces import Piece, greedy_pieces
 from millrace.partition.program import Partition
 from millrace.runtime.device import DeviceRunner
 
@@ -67,6 +69,29 @@ def run_partition(
             }
         )
     return fetched, variables
+
+
+def whole(graph: Graph, feeds: Sequence[Tensor], steps: int) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """The fetches of every step and the variables after the last, of the graph in one piece."""
+    variables = [graph.initial[v.name].detach().clone() for v in graph.variables]
+    run, fetched = compile_eager(graph), []
+    for _ in range(steps):
+        fetched.append({n: t.clone() for n, t in zip(graph.fetches, run(variables, list(feeds)), strict=True)})
+    return fetched, {v.name: t for v, t in zip(graph.variables, variables, strict=True)}
+
+
+def random_partition(graph: Graph, devices: Sequence[str], seed: int) -> Partition:
+    """A graph cut at random: which of the devices have what, in which order they work, where variables live."""
+    chance = random.Random(seed)
+    some = chance.sample(devices, chance.randint(1, len(devices)))
+    device_of = random_placement(graph, some, seed)
+    if chance.random() < 0.3:  # as layers are, rather than node by node
+        names = list(device_of)
+        ends = sorted(chance.sample(range(len(names)), min(2, len(names))))
+        device_of = {name: some[sum(end <= at for end in ends) % len(some)] for at, name in enumerate(names)}
+    pieces = greedy_pieces(graph, device_of) if chance.random() < 0.4 else random_pieces(graph, device_of, seed)
+    homes = {v.name: chance.choice(some) for v in graph.variables if chance.random() < 0.4}
+    return cut(graph, pieces, homes if chance.random() < 0.5 else None)
 
 
 def random_placement(graph: Graph, devices: Sequence[str], seed: int) -> dict[str, str]:

@@ -107,6 +107,18 @@ def test_microbatches_train_as_the_whole_batch_does(count: int) -> None:
             torch.testing.assert_close(value, whole.variables[name], rtol=1e-9, atol=1e-12)
 
 
+def test_a_batch_may_hold_a_single_number() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+    loss = lambda m, b: F.cross_entropy(m(b[0]) / b[2], b[1])  # noqa: E731
+    with_number = (*batch(0), torch.tensor(2.0).double())
+    graph = training_graph(model, loss, torch.optim.SGD(model.parameters(), lr=0.1), with_number)
+    whole = Session(graph, compile="eager", copy=True)
+    with PlacedSession(graph, by_layer, ThreadWorkers(NAMES), compile="eager", timeout_s=SOON_S) as placed:
+        names = ["train", "loss"]
+        assert torch.equal(placed.run(names, with_number)[1], whole.run(names, with_number)[1])
+
+
 def test_segments_are_compiled_in_the_workers(processes: ProcessWorkers) -> None:
     graph = step_graph(torch.optim.SGD)
     whole = Session(graph, compile="eager", copy=True)

@@ -12,6 +12,7 @@ from millrace.graph.signature import Feed, Phase, Role, TensorSpec, Variable
 from millrace.graph.summary import summary
 from millrace.graph.text import to_text
 from millrace.graph.trace import trace
+from millrace.graph.tracing.device_scopes import colocate, device
 from millrace.graph.training import evaluation_graph, training_graph
 
 __all__ = [
@@ -24,7 +25,9 @@ __all__ = [
     "TensorSpec",
     "Variable",
     "check",
+    "colocate",
     "cond",
+    "device",
     "draw",
     "evaluation_graph",
     "graph_digest",

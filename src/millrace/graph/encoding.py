@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
 from millrace.errors import GraphError
-from millrace.graph.graph import INFO, NodeInfo
+from millrace.graph.graph import INFO, NodeInfo, Wish
 from millrace.graph.operators import find_operator, operator_name
 from millrace.graph.signature import Phase
 
@@ -192,7 +192,7 @@ class _Decoder:
             with self.mode:
                 node.meta["val"] = self.value(entry["val"], {})
         if "info" in entry:
-            node.meta[INFO] = NodeInfo(**{**entry["info"], "phase": Phase(entry["info"]["phase"])})
+            node.meta[INFO] = _info(entry["info"])
         return node
 
     def value(self, document: Any, nodes: Mapping[str, Node]) -> Any:
@@ -213,6 +213,11 @@ class _Decoder:
         read = _SINGLE[kind][2]
         assert read is not None
         return read(content)
+
+
+def _info(document: Document) -> NodeInfo:
+    decoded: Document = {key: Wish(**document[key]) for key in ("device", "together") if key in document}
+    return NodeInfo(**{**document, **decoded, "phase": Phase(document["phase"])})
 
 
 def _checked(name: str) -> str:

@@ -24,6 +24,17 @@ TRAIN = "train"  # the fetch that stands for "apply every update"
 
 
 @dataclass(frozen=True)
+class Wish:
+    """What model code says of its nodes in a `with`. name: a device, or those to be with; "" lifts what is around it.
+
+    line: the user's source line, "file.py:12 in forward".
+    """
+
+    name: str
+    line: str = ""
+
+
+@dataclass(frozen=True)
 class NodeInfo:
     """What is known of a node beyond its operator: where it comes from.
 
@@ -32,6 +43,8 @@ class NodeInfo:
     variable: for an update node, the owner of the variables that it leads to ("*" when it serves several).
     line: the user's source line, "file.py:12 in forward", or "" when unknown.
     block: which block of a split layer it computes; None for a node of no block, as those that join blocks are.
+    device, together: what `with millrace.device` and `with millrace.colocate` say of it, of its forward node for a
+        backward node; None where they say nothing.
     """
 
     scope: str = ""
@@ -39,6 +52,8 @@ class NodeInfo:
     variable: str = ""
     line: str = ""
     block: int | None = None
+    device: Wish | None = None
+    together: Wish | None = None
 
 
 @dataclass(frozen=True)

@@ -127,9 +127,8 @@ class _Printer:
     def node(self, node: Node, module: GraphModule, indent: str) -> Iterator[str]:
         """The node's line, and below it the subgraphs that it runs."""
         arrow = "".join(f"  -> {v}" for v in self.updated.get(node.name, ())) if module is self.graph.module else ""
-        line = f"  # {info(node).line}" if self.lines and info(node).line else ""
-        block = "" if info(node).block is None else f"  | block {info(node).block}"
-        yield f"{indent}%{node.name} = {self.call(node)}  : {self.value(node.meta.get('val'))}{arrow}{block}{line}"
+        marks = _marks(node) + (f"  # {info(node).line}" if self.lines and info(node).line else "")
+        yield f"{indent}%{node.name} = {self.call(node)}  : {self.value(node.meta.get('val'))}{arrow}{marks}"
         for argument in node.all_input_nodes:
             if argument.op == "get_attr":
                 inner = attribute(module, str(argument.target))
@@ -187,6 +186,14 @@ def operator_label(target: Any) -> str:
         return str(target).removeprefix("aten.").removesuffix(".default")
     name = getattr(target, "name", None)
     return name() if callable(name) else getattr(target, "__name__", str(target))
+
+
+def _marks(node: Node) -> str:
+    """The block of a node, and what model code says of where it is to be."""
+    known = info(node)
+    block = "" if known.block is None else f"  | block {known.block}"
+    device = f"  | on {known.device.name}" if known.device and known.device.name else ""
+    return block + device + (f"  | with {known.together.name}" if known.together and known.together.name else "")
 
 
 def _heading(node: Node) -> str:

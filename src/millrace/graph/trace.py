@@ -26,6 +26,7 @@ from millrace.graph.graph import Graph
 from millrace.graph.random import RandomStream, new_random
 from millrace.graph.signature import Feed, Role, TensorSpec, Variable
 from millrace.graph.tracing.alone import alone
+from millrace.graph.tracing.device_scopes import in_these_scopes
 from millrace.graph.tracing.finish import finish
 from millrace.graph.tracing.functional import functionalize
 from millrace.graph.tracing.recorder import LINE, Recorder
@@ -101,7 +102,7 @@ def trace(step: Step, variables: Mapping[str, Any], feed: Any, *, seed: int = 0)
         fetches=fetch_names,
         feed_tree=pytree.treespec_dumps(tree),
         initial=dict(zip(names, values, strict=True)),
-        retrace=lambda other: trace(step, variables, other, seed=seed),
+        retrace=in_these_scopes(lambda other: trace(step, variables, other, seed=seed)),
     )
 
 

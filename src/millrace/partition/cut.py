@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
+from millrace.errors import GraphError
 from millrace.graph.graph import Graph, feed_key
 from millrace.graph.signature import TensorSpec
 from millrace.graph.values import reads_of
@@ -30,14 +31,18 @@ def cut(graph: Graph, pieces: Sequence[Piece], homes: Mapping[str, str] | None =
     Args:
         pieces: they hold every node once, in an order in which they can run; it becomes the order of each device.
         homes: variable -> the device that it lives on. Otherwise it lives where it is updated, or, if it never changes,
-            where it is first read.
+            where it is first read. Needed where there are no pieces, as nothing is computed.
 
-    Raises: GraphError for pieces that do not fit the graph.
+    Raises: GraphError for pieces that do not fit the graph, or when nothing names a device.
     """
     members = checked(graph, pieces)
+    given = dict(homes or {})
+    somewhere = next((device for device in (*(piece.device for piece in pieces), *given.values())), "")
+    if not somewhere and (graph.variables or any(n.op == "get_attr" for n in graph.fx.nodes)):
+        raise GraphError("the graph computes nothing, so there are no pieces: say by `homes` where its variables live")
     where = {node: piece.device for piece, nodes in zip(pieces, members, strict=True) for node in nodes}
     reads = [reads_of(nodes) for nodes in members]
-    homes = _homes(graph, pieces, where, reads) | dict(homes or {})
+    homes = _homes(graph, pieces, where, reads, somewhere) | given
     inputs = graph.placeholders()
     where |= {inputs[variable]: home for variable, home in homes.items()}
     readers = _readers(graph, pieces, reads, where, homes)
@@ -52,7 +57,7 @@ def cut(graph: Graph, pieces: Sequence[Piece], homes: Mapping[str, str] | None =
         for node in nodes:
             edges.send(node, piece.device, readers.get(node, []))
     edges.receive_rest()
-    fetches = {name: _found_at(graph, graph.node(node), where, pieces) for name, node in graph.fetches.items()}
+    fetches = {name: _found_at(graph, graph.node(node), where, somewhere) for name, node in graph.fetches.items()}
     programs = {
         device: build(graph, outline, homes, edges.all, {value for at, value in fetches.values() if at == device})
         for device, outline in outlines.items()
@@ -91,9 +96,13 @@ class _Edges:
 
 
 def _homes(
-    graph: Graph, pieces: Sequence[Piece], where: Mapping[Node, str], reads: Sequence[Mapping[Node, None]]
+    graph: Graph,
+    pieces: Sequence[Piece],
+    where: Mapping[Node, str],
+    reads: Sequence[Mapping[Node, None]],
+    somewhere: str,
 ) -> dict[str, str]:
-    """The device of every variable."""
+    """The device of every variable. somewhere: for those that nothing computes with."""
     first: dict[Node, str] = {}
     for piece, needed in zip(pieces, reads, strict=True):
         for node in needed:
@@ -103,7 +112,7 @@ def _homes(
     for variable in graph.variables:
         new = graph.node(graph.updates[variable.name]) if variable.name in graph.updates else None
         made = where.get(new) if new is not None else None
-        homes[variable.name] = made or first.get(inputs[variable.name]) or pieces[0].device
+        homes[variable.name] = made or first.get(inputs[variable.name]) or somewhere
     return homes
 
 
@@ -127,10 +136,10 @@ def _readers(
     return {node: list(devices) for node, devices in found.items()}
 
 
-def _found_at(graph: Graph, node: Node, where: Mapping[Node, str], pieces: Sequence[Piece]) -> tuple[str, str]:
+def _found_at(graph: Graph, node: Node, where: Mapping[Node, str], somewhere: str) -> tuple[str, str]:
     """(device, value) of a fetch; a feed is on no device, and the caller has it."""
     inputs = graph.placeholders()
     for feed in graph.feeds:
         if inputs[feed_key(feed.name)] is node:
             return "", feed_key(feed.name)
-    return where.get(node, pieces[0].device), node.name
+    return where.get(node, somewhere), node.name

@@ -32,4 +32,6 @@ class Planner:
         if self.placement is None:
             self.placement = self._search(graph)
             return pieces_of(self.placement)
+        if not graph.nodes:  # what is fetched is a variable, or in the batch
+            return []
         return pieces_of(follow(self.placement, graph, fused=self._fused))

@@ -22,9 +22,7 @@ from millrace.graph.graph import Graph, info
 from millrace.graph.passes.microbatch import MICROBATCH
 from millrace.graph.scopes import cut
 from millrace.graph.signature import Phase
-from millrace.place.paths import path_of
-
-STEP = "step"  # the group of what belongs to no module: what all updates share
+from millrace.place.paths import counted_to
 
 
 @dataclass(frozen=True)
@@ -70,9 +68,10 @@ def group(
         label: of a node in a module; nodes of one module with different labels are in different groups. A label that
             does not begin with a space is the name of a group, whatever its modules are.
         limit: how many groups there may be, where labels and modules on the top do not make more.
-        like: the grouping of another graph of the same step, whose groups these are to be.
+        like: the grouping of another graph of the same step, whose groups these are to be, in their order; others come
+            after them, for labels that it has not.
     """
-    paths = _paths(graph)
+    paths = {node: path for node, (path, _) in counted_to(graph).items()}
     keys = {node: (paths[_producer(node)], label(_producer(node), paths[_producer(node)])) for node in graph.nodes}
     if like is None:
         weights: dict[str, float] = {}
@@ -83,20 +82,22 @@ def group(
         groups = tuple(dict.fromkeys(named[key] for key in keys.values()))
     else:
         named = {key: _nearest(like, key) for key in keys.values()}
-        groups = like.groups
+        groups = tuple(dict.fromkeys([*like.groups, *named.values()]))
     index = {name: number for number, name in enumerate(groups)}
     group_of = {node: index[named[key]] for node, key in keys.items()}
     return Grouping(groups, _tasks(graph, group_of, groups), _homes(graph, group_of), named)
 
 
 def _nearest(like: Grouping, key: Key) -> str:
-    """The group that a module would have been in: that of the longest path that they share."""
+    """The group that a module would have been in: that of the longest path that they share; a new one for a label that
+    is not known, since something is wished of it."""
     path, label = key
     while (path, label) not in like.named and path:
         path = path.rpartition(".")[0]
-    return like.named.get((path, label)) or next(
-        (name for (other, _), name in like.named.items() if other == key[0]), like.groups[0]
-    )
+    found = like.named.get((path, label))
+    if found is None and label:
+        return label if label[:1].strip() else key[0] + label
+    return found or next((name for (other, _), name in like.named.items() if other == key[0]), like.groups[0])
 
 
 def _homes(graph: Graph, group_of: Mapping[Node, int]) -> dict[str, int]:
@@ -128,29 +129,6 @@ def _divided(weights: Mapping[str, float], limit: int) -> dict[str, str]:
         else:
             for path in groups[heaviest]:
                 depth[path] += 1
-
-
-def _paths(graph: Graph) -> dict[Node, str]:
-    """The module of every node, with the block where a layer was split.
-
-    What runs outside of all modules (a loss) belongs to the module whose results it reads, or else to the one that
-    reads it; an update to the module that computes with the variable, which may be one around the variable's owner.
-    """
-    found = {node: path_of(node) for node in graph.nodes}
-    computing = {path for node, path in found.items() if path and info(node).phase is not Phase.UPDATE}
-    position = {node: index for index, node in enumerate(found)}
-    for node in found:
-        if info(node).phase is Phase.UPDATE:
-            while found[node] not in computing and "." in found[node]:
-                found[node] = found[node].rpartition(".")[0]
-        elif not found[node]:
-            sources = [a for a in node.all_input_nodes if found.get(a)]
-            if sources:
-                found[node] = found[max(sources, key=position.__getitem__)]
-    for node in reversed(list(found)):
-        if not found[node] and info(node).phase is not Phase.UPDATE:
-            found[node] = next((found[user] for user in node.users if found.get(user)), "")
-    return {node: path or STEP for node, path in found.items()}
 
 
 def _tasks(graph: Graph, group_of: Mapping[Node, int], names: Sequence[str]) -> tuple[Task, ...]:

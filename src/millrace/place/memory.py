@@ -35,24 +35,23 @@ def does_not_fit(problem: Problem, peak_bytes_D: Floats, algorithm: str) -> Plac
     resident, memory = problem.resident_bytes_G.sum(), problem.memory_bytes_D.sum()
     largest = int(np.argmax(problem.memory_bytes_D))
     heaviest = int(np.argmax(problem.resident_bytes_G)) if problem.groups else 0
-    group = problem.group_names_G[heaviest] if problem.groups else "none"
+    group = problem.group_names_G[heaviest] if problem.groups else ""
     if resident > memory:
         advice = f"Variables alone exceed all memory by {_size(resident - memory)}: add devices that hold as much."
     elif problem.groups and problem.resident_bytes_G[heaviest] > problem.memory_bytes_D.max():
         advice = (
-            f"The group {group} alone has {_size(problem.resident_bytes_G[heaviest])} of variables: no device is large "
-            "enough. Split it, or add a device that holds it."
+            f"The group {group!r} alone has {_size(problem.resident_bytes_G[heaviest])} of variables: no device is "
+            "large enough. Split it (`partitions`), or add a device that holds it."
         )
     else:
-        advice = (
-            "Use more microbatches or a smaller batch, add a device (a CPU with its memory counts as one), or try the "
-            "algorithm 'auto', which searches for plans that fit."
-        )
+        advice = "Use more microbatches or a smaller batch, or add a device (a CPU with its memory counts as one)."
+        if algorithm != "auto":
+            advice += " The algorithm 'auto' searches for plans that fit."
     return PlacementError(
         f"{algorithm} found no plan that fits into memory: {lacking}. Lacking in all: "
         f"{_size(float(np.maximum(over_D, 0.0).sum()))}. The variables need {_size(float(resident))}, most of it "
-        f"{group}; the devices have {_size(float(memory))}, the largest is {problem.device_names_D[largest]} with "
-        f"{_size(float(problem.memory_bytes_D[largest]))}. {advice}"
+        f"in the group {group!r}; the devices have {_size(float(memory))}, the largest is "
+        f"{problem.device_names_D[largest]} with {_size(float(problem.memory_bytes_D[largest]))}. {advice}"
     )
 
 

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 from torch.fx import Node
 
+from millrace.errors import PlacementError
 from millrace.graph.graph import Graph
 from millrace.place.algorithms.registry import algorithm
 from millrace.place.cluster import Cluster
 from millrace.place.contention import expect
 from millrace.place.cost import tensor_bytes, works_of
+from millrace.place.demands import Demands, allowed_devices
 from millrace.place.describe import describe
 from millrace.place.grouping import Grouping, Task, group
-from millrace.place.hints import Hints, allowed_devices, label_of
+from millrace.place.hints import Hints, refuse_idle
 from millrace.place.order import best_order
 from millrace.place.problem import Plan, Problem
 from millrace.place.profile import Profile
@@ -35,6 +37,7 @@ class Placement:
     cluster: Cluster
     hints: Hints
     wire: Wire
+    demands: Demands
     grouping: Grouping
     problem: Problem
     plan: Plan
@@ -94,31 +97,37 @@ def place(
         when `wire` names a codec or a module that does not exist.
     """
     wishes, narrowed = Hints.of(hints), Wire.of(wire)
+    if not graph.nodes or not cluster.devices:
+        lacking = "the graph computes nothing" if cluster.devices else "the cluster has no devices"
+        raise PlacementError(f"{lacking}, so there is nothing to place. Give `place` a step and at least one device.")
+    refuse_idle(graph, wishes)
     narrowed.check(graph)
-    grouping = group(graph, _weight, lambda node, path: label_of(node, path, wishes), limit=limit)
-    allowed = allowed_devices(graph, grouping, cluster, wishes)
+    demands = Demands(graph, wishes)
+    grouping = group(graph, _weight, demands.label, limit=limit)
+    allowed = allowed_devices(grouping, cluster, demands)
     problem = describe(graph, grouping, cluster, allowed, narrowed, fused=fused, profile=profile)
     if budget_s is None:
         budget_s = min(_LONGEST_SEARCH_S, _SEARCH_S_PER_GROUP * problem.groups)
     plan = algorithm(search)(problem, budget_s=budget_s, seed=seed)
-    return Placement(cluster, wishes, narrowed, grouping, problem, plan, expect(problem, plan), profile)
+    return Placement(cluster, wishes, narrowed, demands, grouping, problem, plan, expect(problem, plan), profile)
 
 
 def follow(placement: Placement, graph: Graph, *, fused: bool = True) -> Placement:
-    """The same devices for another graph of the same step: for other fetches, or a batch of another size."""
-    grouping = grouped_like(placement, graph)
-    everywhere = np.ones((len(grouping.groups), len(placement.cluster.devices)), dtype=bool)
+    """The same devices for another graph of the same step: for other fetches, or a batch of another size.
+
+    Raises: PlacementError when what only this graph has cannot be placed as wished.
+    """
     cluster, hints, wire, profile = placement.cluster, placement.hints, placement.wire, placement.profile
-    problem = describe(graph, grouping, cluster, everywhere, wire, fused=fused, profile=profile)
-    device_G = placement.plan.device_G
+    demands = Demands(graph, hints, placement.demands)
+    grouping = group(graph, _weight, demands.label, like=placement.grouping)
+    allowed = allowed_devices(grouping, cluster, demands)
+    new = len(grouping.groups) - len(placement.grouping.groups)
+    device_G = np.concatenate([placement.plan.device_G, np.zeros(new, dtype=np.int64)])
+    lost_G = ~allowed[np.arange(len(device_G)), device_G]
+    device_G[lost_G] = allowed[lost_G].argmax(axis=1)
+    problem = describe(graph, grouping, cluster, allowed, wire, fused=fused, profile=profile)
     plan = Plan(device_G, best_order(problem, device_G), placement.plan.algorithm, "as planned before")
-    return Placement(cluster, hints, wire, grouping, problem, plan, expect(problem, plan), profile)
-
-
-def grouped_like(placement: Placement, graph: Graph) -> Grouping:
-    """Another graph of the same step in the groups of a placement."""
-    hints = placement.hints
-    return group(graph, _weight, lambda node, path: label_of(node, path, hints), like=placement.grouping)
+    return Placement(cluster, hints, wire, demands, grouping, problem, plan, expect(problem, plan), profile)
 
 
 def _weight(node: Node) -> float:

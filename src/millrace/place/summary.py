@@ -7,7 +7,7 @@ from typing import Any
 from millrace.graph.graph import Graph
 from millrace.graph.places import Places
 from millrace.graph.sizes import human_bytes
-from millrace.place.placement import Placement, grouped_like
+from millrace.place.placement import Placement, follow
 
 
 def describe(placement: Placement) -> str:
@@ -52,8 +52,8 @@ def places_of(placement: Placement, graph: Graph) -> Places:
     Args: graph: of the same step as the placement's. Before its batch is divided it is easier to read than after.
     """
     problem, expected = placement.problem, placement.expected
-    grouping = grouped_like(placement, graph)
-    on = [problem.device_names_D[device] for device in placement.plan.device_G]
+    like = follow(placement, graph)
+    on = [problem.device_names_D[device] for device in like.plan.device_G]
     notes = {}
     for index, device in enumerate(problem.device_names_D):
         peak, whole = (human_bytes(int(b[index])) for b in (expected.peak_bytes_D, problem.memory_bytes_D))
@@ -62,8 +62,8 @@ def places_of(placement: Placement, graph: Graph) -> Places:
     total = human_bytes(int(expected.bytes_DD.sum()))
     divided = f" of {parts} microbatches" if parts > 1 else ""
     return Places(
-        nodes={node.name: on[task.group] for task in grouping.tasks for node in task.nodes},
-        variables={name: on[index] for name, index in grouping.variables.items()},
+        nodes={node.name: on[task.group] for task in like.grouping.tasks for node in task.nodes},
+        variables={name: on[index] for name, index in like.grouping.variables.items()},
         notes=notes,
         summary=f"expected: {1e3 * expected.step_s:.3g} ms a step{divided}, {total} between devices",
     )

@@ -122,7 +122,17 @@ class DeviceWorker:
 
 def _error(error: Exception) -> Message:
     known = type(error).__name__ if isinstance(error, MillraceError) else ""
-    return Message("error", {"type": known, "text": str(error) if known else f"{type(error).__name__}: {error}"})
+    return Message("error", {"type": known, "text": str(error) if known else _in_words(error)})
+
+
+def _in_words(error: Exception) -> str:
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return (
+            f"it ran out of memory ({text.splitlines()[0]}). Put less on it (another placement, more microbatches, a "
+            "smaller batch), or let it have more; then make the session anew and restore the last checkpoint."
+        )
+    return text
 
 
 def _begin(start: Mapping[str, Any]) -> DeviceWorker:

@@ -100,7 +100,7 @@ def _fill(connection: socket.socket, content: memoryview, deadline_s: float, tim
 def silent(who: str, timeout_s: float) -> str:
     """What to say of a side that lets one wait."""
     return (
-        f"{who} did not answer within {timeout_s:g} s. It may be slow, stuck or stopped. Allow more time by "
+        f"{who} did not answer within {timeout_s:.3g} s. It may be slow, stuck or stopped. Allow more time by "
         "`timeout_s`, or make the session anew and restore the last checkpoint."
     )
 

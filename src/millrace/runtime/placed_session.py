@@ -284,8 +284,10 @@ class PlacedSession:
         if batch.key not in self._shapes:
             self._shapes[batch.key] = self._retraced(self._reader.nest(batch), batch.key)
         program = self._program(names, batch.key)
-        parts = zip(*(tensor.chunk(self._shapes[batch.key].parts) for tensor in batch.placed), strict=True)
-        flat = [tensor for part in parts for tensor in part]
+        parts = self._shapes[batch.key].parts
+        flat = list(batch.placed)
+        if parts > 1:  # a single number, which has no axis to divide, may be in a batch that is whole
+            flat = [tensor for part in zip(*(t.chunk(parts) for t in flat), strict=True) for tensor in part]
         check_ranges(program.ranges, [flat])
         return program, {feed_key(f.name): tensor for f, tensor in zip(program.graph.feeds, flat, strict=True)}
 

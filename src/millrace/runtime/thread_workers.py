@@ -16,7 +16,7 @@ from millrace.runtime.messages import Message
 from millrace.runtime.transport.base import Transport
 from millrace.runtime.transport.choose import Meeting
 from millrace.runtime.transport.in_process import InProcessTransport, connect
-from millrace.runtime.workers import raise_answered
+from millrace.runtime.workers import answered_error
 
 
 class ThreadWorkers:
@@ -39,7 +39,9 @@ class ThreadWorkers:
         except FutureTimeoutError:
             late = [device for device, future in futures.items() if not future.done()]
             raise WorkerError(f"{', '.join(late)} did not answer within {timeout_s:g} s.") from None
-        raise_answered(answers)
+        error = answered_error(answers)
+        if error is not None:
+            raise error
         return answers
 
     def close(self) -> None:

@@ -23,7 +23,8 @@ from millrace.runtime.messages import LONGEST_WAIT_S, Message, receive, send, si
 
 _START_TIMEOUT_S = 120.0
 _LOOPBACK = "127.0.0.1"  # all are here
-_GRACE_S = 3.0  # for the others to answer once one has failed
+_GRACE_S = 2.0  # for the others to answer once one has failed
+_END_TIMEOUT_S = 10.0
 
 
 class Workers(Protocol):
@@ -102,7 +103,8 @@ class ProcessWorkers:
             except WorkerError as error:
                 failures.append(error)
         waiting = {} if failures else {self._connections[device]: device for device in messages}
-        deadline_s = time.monotonic() + timeout_s
+        began_s = time.monotonic()
+        deadline_s = began_s + timeout_s
         while waiting:
             left_s = max(0.0, deadline_s - time.monotonic())
             ready, _, _ = select.select(list(waiting), [], [], min(left_s, LONGEST_WAIT_S))
@@ -110,21 +112,19 @@ class ProcessWorkers:
                 device = waiting.pop(connection)
                 try:
                     if not ready:
-                        raise WorkerError(silent(self._name(device), timeout_s))
+                        raise WorkerError(silent(self._name(device), time.monotonic() - began_s))
                     answers[device] = receive(connection, timeout_s, self._name(device))
                 except WorkerError as error:
-                    failures.append(self._explained(device, error))
+                    failures.append(self._explained(device, error) if ready else error)
                 if failures or answers[device].kind == "error":  # the others may wait for this one, and long
                     deadline_s = min(deadline_s, time.monotonic() + _GRACE_S)
-        try:
-            raise_answered(answers)
-        except MillraceError:
-            if failures:  # whoever has not answered is not to be waited for again
-                self.close()
-            raise
+        answered = answered_error(answers)
         if failures:
-            self.close()
-            raise failures[0]
+            self.close()  # whoever has not answered is not to be waited for again
+            if answered is None or isinstance(answered, WorkerError):
+                raise failures[0] from answered  # which tells of a wait for this one
+        if answered is not None:
+            raise answered
         return answers
 
     def close(self) -> None:
@@ -149,12 +149,18 @@ class ProcessWorkers:
         return WorkerError(f"{error}{how}" + (f" Its last words: {said[0]}" if said else ""))
 
 
-def raise_answered(answers: Mapping[str, Message]) -> None:
-    """Raise the error that some device answered with, if one did; those of devices that only waited come last."""
-    found = [(device, m.fields["type"], m.fields["text"]) for device, m in answers.items() if m.kind == "error"]
-    found.sort(key=lambda entry: entry[1] == WorkerError.__name__)
-    for device, kind, text in found:
-        raise getattr(errors, kind, errors.StepError)(f"{device}: {text}")
+def answered_error(answers: Mapping[str, Message]) -> MillraceError | None:
+    """The error that some device answered with, if one did; where all only waited for others, what each waited for."""
+    waits: list[str] = []
+    for device, message in answers.items():
+        if message.kind == "error":
+            kind, text = message.fields["type"], message.fields["text"]
+            said: str = text if text.startswith(device) else f"{device}: {text}"
+            if kind != WorkerError.__name__:
+                cause: MillraceError = getattr(errors, kind, errors.StepError)(said)
+                return cause
+            waits.append(said)
+    return WorkerError("\n".join(waits)) if waits else None
 
 
 def _start(connection: socket.socket, log: IO[bytes], device: Device) -> subprocess.Popen[bytes]:
@@ -180,5 +186,6 @@ def _end(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)  # nothing is lost: variables are gone with any of them
     for child in children.values():
-        child.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the system; it will not come back from there
+            child.wait(_END_TIMEOUT_S)
     directory.cleanup()

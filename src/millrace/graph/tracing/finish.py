@@ -134,7 +134,7 @@ def _identifier(name: str) -> str:
 
 
 def label(graph: torch.fx.Graph, updates: Mapping[str, Node], owners: Mapping[str, str]) -> None:
-    """Give every node its NodeInfo: scope, phase, variable and line.
+    """Give every node its NodeInfo: scope, phase, variable, line and wishes.
 
     Optimizer hooks and autograd have said most phases. The others are decided by dataflow: a node outside every module
     that leads to updates, and not to a backward node, is part of the update.
@@ -163,7 +163,9 @@ def label(graph: torch.fx.Graph, updates: Mapping[str, Node], owners: Mapping[st
             origin = origins[node.args[0] if node.target is operator.getitem else node]
             found = served[node]
             owner = "" if phases[node] is not Phase.UPDATE else next(iter(found)) if len(found) == 1 else "*"
-            node.meta[INFO] = NodeInfo(origin.scope, phases[node], owner, origin.line)
+            node.meta[INFO] = NodeInfo(
+                origin.scope, phases[node], owner, origin.line, device=origin.device, together=origin.together
+            )
 
 
 def _served(

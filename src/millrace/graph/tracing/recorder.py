@@ -20,8 +20,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from millrace.graph.graph import Wish
 from millrace.graph.random import REPLACEMENTS, RandomStream
 from millrace.graph.signature import Phase
+from millrace.graph.tracing.device_scopes import current_wishes
 from millrace.graph.tracing.refusals import (
     Outsiders,
     refuse_hidden_generator,
@@ -43,12 +45,17 @@ aten = torch.ops.aten
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where an operator comes from. `inside` says that a module was running (the root's own path is "")."""
+    """Where an operator comes from. `inside` says that a module was running (the root's own path is "").
+
+    device, together: see `NodeInfo`.
+    """
 
     scope: str = ""
     phase: Phase | None = None  # None: decided by dataflow, once the graph is whole
     line: str = ""
     inside: bool = False
+    device: Wish | None = None
+    together: Wish | None = None
 
 
 class Recorder(TorchDispatchMode):
@@ -113,15 +120,19 @@ class Recorder(TorchDispatchMode):
 
     def _origin(self) -> Origin:
         node: Any = torch._C._current_autograd_node()  # None outside of the backward pass
+        device, together = current_wishes()
         if node is not None:
             known = self._forward_of.get(node._sequence_nr(), Origin())
             if self._stack:  # recomputation of a checkpointed module
-                return Origin(self._stack[-1], Phase.BACKWARD, user_line() or known.line, True)
-            return dataclasses.replace(known, phase=Phase.BACKWARD)
+                wishes = device or known.device, together or known.together
+                return Origin(self._stack[-1], Phase.BACKWARD, user_line() or known.line, True, *wishes)
+            device, together = known.device or device, known.together or together
+            return dataclasses.replace(known, phase=Phase.BACKWARD, device=device, together=together)
         if self._updating and not self._stack:  # a closure of the optimizer may run the model
-            return Origin("", Phase.UPDATE, user_line())
+            return Origin("", Phase.UPDATE, user_line(), False, device, together)
         inside = bool(self._stack)
-        origin = Origin(self._stack[-1] if inside else "", Phase.FORWARD if inside else None, user_line(), inside)
+        scope, phase = (self._stack[-1], Phase.FORWARD) if inside else ("", None)
+        origin = Origin(scope, phase, user_line(), inside, device, together)
         # Autograd has just made the node of this operator, if it needs one: the newest number is its.
         self._forward_of.setdefault(torch._C._autograd._get_sequence_nr() - 1, origin)
         return origin
