@@ -32,6 +32,8 @@ class NodeInfo:
     variable: for an update node, the owner of the variables that it leads to ("*" when it serves several).
     line: the user's source line, "file.py:12 in forward", or "" when unknown.
     block: which block of a split layer it computes; None for a node of no block, as those that join blocks are.
+    sequence: when its forward operator was traced (for a backward node: that which it is the gradient of): autograd's
+        count, from the beginning of the step; None when unknown.
     """
 
     scope: str = ""
@@ -39,6 +41,7 @@ class NodeInfo:
     variable: str = ""
     line: str = ""
     block: int | None = None
+    sequence: int | None = None
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 A group is a module, or a block of a split layer: its forward, backward and update nodes and its variables. The heaviest
 groups are divided into their submodules until there are as many groups as may be. A task is the part of a group that
-belongs to one phase and one microbatch. Of the backward pass, what no other group waits for (the gradients of
-variables) is a task of its own, which can fill the time in which a device would wait. Where a task would have to run
-before and after another one, it is divided.
+belongs to one phase, one microbatch and one chunk of time. Of the backward pass, what no other group waits for (the
+gradients of variables) is a task of its own, which can fill the time in which a device would wait. Where a task would
+have to run before and after another one, it is divided.
 
 Source of the two tasks of a backward pass: Qi, Wan, Huang, Lin, "Zero Bubble Pipeline Parallelism", 2023.
 """
@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from millrace.graph.graph import Graph, info
+from millrace.graph.passes.chunking.builder import CHUNK
 from millrace.graph.passes.microbatch import MICROBATCH
-from millrace.graph.scopes import cut
+from millrace.graph.scopes import cut, modules_of
 from millrace.graph.signature import Phase
 from millrace.place.paths import path_of
 
 STEP = "step"  # the group of what belongs to no module: what all updates share
+_NO_CHUNK = -1
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Task:
     nodes: tuple[Node, ...]
 
 
+_TaskKey = tuple[int, Phase, int, int, bool]  # group, phase, microbatch, chunk, whether nothing else waits for it
 Key = tuple[str, str]  # what decides the group of a node: its module and its label
 
 
@@ -72,7 +75,7 @@ def group(
         limit: how many groups there may be, where labels and modules on the top do not make more.
         like: the grouping of another graph of the same step, whose groups these are to be.
     """
-    paths = _paths(graph)
+    paths = {node: path or STEP for node, path in modules_of(graph, path_of).items()}
     keys = {node: (paths[_producer(node)], label(_producer(node), paths[_producer(node)])) for node in graph.nodes}
     if like is None:
         weights: dict[str, float] = {}
@@ -130,35 +133,12 @@ def _divided(weights: Mapping[str, float], limit: int) -> dict[str, str]:
                 depth[path] += 1
 
 
-def _paths(graph: Graph) -> dict[Node, str]:
-    """The module of every node, with the block where a layer was split.
-
-    What runs outside of all modules (a loss) belongs to the module whose results it reads, or else to the one that
-    reads it; an update to the module that computes with the variable, which may be one around the variable's owner.
-    """
-    found = {node: path_of(node) for node in graph.nodes}
-    computing = {path for node, path in found.items() if path and info(node).phase is not Phase.UPDATE}
-    position = {node: index for index, node in enumerate(found)}
-    for node in found:
-        if info(node).phase is Phase.UPDATE:
-            while found[node] not in computing and "." in found[node]:
-                found[node] = found[node].rpartition(".")[0]
-        elif not found[node]:
-            sources = [a for a in node.all_input_nodes if found.get(a)]
-            if sources:
-                found[node] = found[max(sources, key=position.__getitem__)]
-    for node in reversed(list(found)):
-        if not found[node] and info(node).phase is not Phase.UPDATE:
-            found[node] = next((found[user] for user in node.users if found.get(user)), "")
-    return {node: path or STEP for node, path in found.items()}
-
-
 def _tasks(graph: Graph, group_of: Mapping[Node, int], names: Sequence[str]) -> tuple[Task, ...]:
     """Nodes joined to tasks so that no two tasks wait for each other."""
     members: list[list[Node]] = []
-    keys: list[tuple[int, Phase, int, bool]] = []
+    keys: list[_TaskKey] = []
     ancestors: list[int] = []  # bit sets of tasks
-    newest: dict[tuple[int, Phase, int, bool], int] = {}
+    newest: dict[_TaskKey, int] = {}
     leading_on = _leading_on(group_of)
     task_of: dict[Node, int] = {}
     for node in group_of:
@@ -169,7 +149,7 @@ def _tasks(graph: Graph, group_of: Mapping[Node, int], names: Sequence[str]) -> 
             continue
         phase = info(node).phase
         is_last = phase is Phase.BACKWARD and node not in leading_on
-        key = (group_of[node], phase, node.meta.get(MICROBATCH, 0), is_last)
+        key = (group_of[node], phase, node.meta.get(MICROBATCH, 0), node.meta.get(CHUNK, _NO_CHUNK), is_last)
         before = {task_of[a] for a in node.all_input_nodes if a in task_of}
         needed = 0
         for other in before:
@@ -193,10 +173,10 @@ def _tasks(graph: Graph, group_of: Mapping[Node, int], names: Sequence[str]) -> 
     counts: dict[str, int] = {}
     tasks = []
     for index in order:
-        group_index, phase, part, is_last = keys[index]
-        name = f"{names[group_index]} {'gradients' if is_last else phase}" + (
-            f" {part}" if phase is not Phase.UPDATE else ""
-        )
+        group_index, phase, part, chunk, is_last = keys[index]
+        name = f"{names[group_index]} {'gradients' if is_last else phase}"
+        name += f" {part}" if phase is not Phase.UPDATE else ""
+        name += f" chunk {chunk}" if chunk != _NO_CHUNK else ""
         counts[name] = counts.get(name, 0) + 1
         suffix = f" ({counts[name]})" if counts[name] > 1 else ""
         tasks.append(Task(name + suffix, group_index, phase, part, tuple(members[index])))

@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from millrace.graph.check import check
-from millrace.graph.graph import INFO, Graph, NodeInfo, set_output, step_module
+from millrace.graph.graph import INFO, Graph, NodeInfo, info, set_output, step_module
 from millrace.graph.passes.merge_counters import merge_counters
 from millrace.graph.passes.simplify import simplify
 from millrace.graph.signature import Feed, Phase, Variable
@@ -163,7 +163,28 @@ def label(graph: torch.fx.Graph, updates: Mapping[str, Node], owners: Mapping[st
             origin = origins[node.args[0] if node.target is operator.getitem else node]
             found = served[node]
             owner = "" if phases[node] is not Phase.UPDATE else next(iter(found)) if len(found) == 1 else "*"
-            node.meta[INFO] = NodeInfo(origin.scope, phases[node], owner, origin.line)
+            sequence = origin.sequence if phases[node] is not Phase.UPDATE else None
+            node.meta[INFO] = NodeInfo(origin.scope, phases[node], owner, origin.line, sequence=sequence)
+    _give_sums_to_readers(graph)
+
+
+def _give_sums_to_readers(graph: torch.fx.Graph) -> None:
+    """A sum of gradients is counted to the operator whose gradient is made of it.
+
+    Autograd adds up the gradients of a value when it has computed the last of them, which is somewhere else. Sums that
+    an update reads (those of a weight's gradients) stay where they were made.
+    """
+    given: set[Node] = set()
+    for node in reversed(list(graph.nodes)):
+        if node.target is not aten.add.Tensor or node.meta[INFO].phase is not Phase.BACKWARD:
+            continue
+        if any(not isinstance(a, Node) or info(a).phase is not Phase.BACKWARD for a in node.args):
+            continue
+        users = [user for user in node.users if user.target != node.target or user in given]
+        readers = [info(user) for user in users if user.op == "call_function"]
+        if readers and {(known.scope, known.phase) for known in readers} == {(readers[0].scope, Phase.BACKWARD)}:
+            node.meta[INFO] = readers[0]
+            given.add(node)
 
 
 def _served(

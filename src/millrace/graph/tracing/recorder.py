@@ -43,12 +43,16 @@ aten = torch.ops.aten
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where an operator comes from. `inside` says that a module was running (the root's own path is "")."""
+    """Where an operator comes from. `inside` says that a module was running (the root's own path is "").
+
+    sequence: autograd's number of the forward operator, counted from the beginning of the step.
+    """
 
     scope: str = ""
     phase: Phase | None = None  # None: decided by dataflow, once the graph is whole
     line: str = ""
     inside: bool = False
+    sequence: int | None = None
 
 
 class Recorder(TorchDispatchMode):
@@ -73,6 +77,7 @@ class Recorder(TorchDispatchMode):
         self._stack: list[str] = []
         self._updating = 0
         self._forward_of: dict[int, Origin] = {}
+        self._first = _newest_sequence()
         self.last = Origin()
 
     @contextlib.contextmanager
@@ -114,17 +119,27 @@ class Recorder(TorchDispatchMode):
     def _origin(self) -> Origin:
         node: Any = torch._C._current_autograd_node()  # None outside of the backward pass
         if node is not None:
-            known = self._forward_of.get(node._sequence_nr(), Origin())
+            known = self._forward(node._sequence_nr())
             if self._stack:  # recomputation of a checkpointed module
-                return Origin(self._stack[-1], Phase.BACKWARD, user_line() or known.line, True)
+                return Origin(self._stack[-1], Phase.BACKWARD, user_line() or known.line, True, known.sequence)
             return dataclasses.replace(known, phase=Phase.BACKWARD)
         if self._updating and not self._stack:  # a closure of the optimizer may run the model
             return Origin("", Phase.UPDATE, user_line())
         inside = bool(self._stack)
-        origin = Origin(self._stack[-1] if inside else "", Phase.FORWARD if inside else None, user_line(), inside)
         # Autograd has just made the node of this operator, if it needs one: the newest number is its.
-        self._forward_of.setdefault(torch._C._autograd._get_sequence_nr() - 1, origin)
+        number = _newest_sequence()
+        scope, phase = (self._stack[-1], Phase.FORWARD) if inside else ("", None)
+        origin = Origin(scope, phase, user_line(), inside, max(number - self._first, 0))
+        self._forward_of.setdefault(number, origin)
         return origin
+
+    def _forward(self, number: int) -> Origin:
+        """The forward operator of a number. An operator may take several, and only the first of them is known."""
+        if number > _newest_sequence():  # of a node that stands for a variable
+            return Origin()
+        while number not in self._forward_of and number > self._first:
+            number -= 1
+        return self._forward_of.get(number, Origin())
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -149,6 +164,10 @@ class Recorder(TorchDispatchMode):
         for tensor in tensors_in((result,)):
             setattr(tensor, LINE, origin.line)
         return result
+
+
+def _newest_sequence() -> int:
+    return int(torch._C._autograd._get_sequence_nr()) - 1
 
 
 def where(origin: Origin) -> str:
