@@ -10,6 +10,7 @@ from millrace.errors import MillraceError, SettingError
 from millrace.graph.passes.gradients_apart import gradients_apart
 from millrace.graph.passes.microbatch import microbatch
 from millrace.graph.passes.prune import prune
+from millrace.graph.passes.time_chunks import time_chunks
 from millrace.place.algorithms.registry import ALGORITHMS
 from millrace.place.chrome_trace import expected_spans, write_trace
 from millrace.place.cluster_file import read_cluster
@@ -43,6 +44,9 @@ def main(arguments: list[str]) -> None:
     options.add_argument("--budget", type=float, metavar="SECONDS", help="how long to search")
     options.add_argument("--microbatches", type=int, default=1, metavar="N", help="parts of each batch (1)")
     options.add_argument(
+        "--time-chunks", type=int, default=1, metavar="N", help="parts of time of recurrent layers (1)"
+    )
+    options.add_argument(
         "--on", action="append", default=[], metavar="MODULES=DEVICE", help="a wish; * stands for anything"
     )
     options.add_argument(
@@ -51,7 +55,8 @@ def main(arguments: list[str]) -> None:
     options.add_argument("--out", type=Path, metavar="FILE.json", help="write the expected timeline")
     add_json(options)
     given = options.parse_args(arguments)
-    graph = gradients_apart(microbatch(step_graph(configure(given.task, given.assignments)), given.microbatches))
+    whole = time_chunks(step_graph(configure(given.task, given.assignments)), given.time_chunks)
+    graph = gradients_apart(microbatch(whole, given.microbatches))
     graph = prune(graph, ["loss"], graph.updates)
     cluster = read_cluster(given.cluster) if given.cluster else local_cluster(given.devices)
     found = place(graph, cluster, _wishes(given.on), search=given.search, budget_s=given.budget, wire=given.wire)

@@ -7,6 +7,7 @@ from pathlib import Path
 from millrace.compile.tiered import Say
 from millrace.errors import PlacementError
 from millrace.graph.graph import Graph
+from millrace.graph.passes.time_chunks import time_chunks
 from millrace.partition.placed import Planner
 from millrace.place.cluster import Cluster
 from millrace.place.cluster_file import read_cluster
@@ -36,10 +37,13 @@ def session_for(graph: Graph, plan: Plan, say: Say) -> AnySession:
         say(f"placed on {len(cluster.devices)} devices: {found.plan.note}")
         return found
 
+    chunked = time_chunks(graph, plan.time_chunks)
+    if plan.time_chunks > 1 and chunked is graph:
+        say(f"time_chunks={plan.time_chunks}: nothing in this model recurs over so many steps of time")
     workers = ProcessWorkers(cluster.devices)
     try:
         return PlacedSession(
-            graph,
+            chunked,
             Planner(search, fused=fused),
             workers,
             microbatches=plan.microbatches,

@@ -101,7 +101,7 @@ class Recorder(TorchDispatchMode):
         parent = self._stack[-1] if self._stack else ""
         path = self._scopes.get(id(module))
         if path is None:  # made inside the step, or not among the variables: it has no parameters
-            path = f"{parent}.{type(module).__name__}" if parent else type(module).__name__
+            path = f"{parent}.{module._get_name()}" if parent else module._get_name()
         self._stack.append(path)
 
     def _leave(self, _module: nn.Module, _args: Any, _result: Any) -> None:

@@ -7,6 +7,7 @@ weights are added up as the chunks come (Werbos, "Backpropagation through time: 
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -47,7 +48,7 @@ def layer(builder: ChunkBuilder, node: Node) -> Value:
 def layer_backward(builder: ChunkBuilder, node: Node) -> Value:
     """Its gradients, chunk after chunk the other way round."""
     x, weights, h, c, outputs, gradients, reverse = arguments(node)
-    forward = outputs[0].args[0] if outputs[0].target is operator.getitem else None
+    forward: Any = outputs[0].args[0] if outputs[0].target is operator.getitem else None
     chunks = builder.layers.get(forward)
     if chunks is None or any(o.args != (forward, index) for index, o in enumerate(outputs)):
         return None
