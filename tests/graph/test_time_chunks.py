@@ -82,7 +82,9 @@ def loss(model: nn.Module, batch: Sequence[Tensor]) -> Any:
 
 
 def graph_of(model: nn.Module, words: Tensor) -> Graph:
-    return training_graph(model, loss, torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9), (words, words.clone()))
+    return training_graph(
+        model, loss, torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9), (words, words.clone())
+    )
 
 
 class InDouble(Interpreter):
