@@ -44,8 +44,8 @@ def modules_of(graph: Graph, path_of: Callable[[Node], str]) -> dict[Node, str]:
     """The module that every node is counted to; "" for what belongs to none.
 
     What runs outside of all modules (a loss) belongs to the module whose results it reads, or else to the one that
-    reads it, and its gradient to the same one; an update to the module that computes with the variable, which may be one around the variable's owner, or
-    a layer inside of it.
+    reads it, and its gradient to the same one; an update to the module that computes with the variable, which may be
+    one around the variable's owner, or a layer inside of it.
 
     Args: path_of: the module that a node says it is of, "" for none.
     """
