@@ -1,9 +1,11 @@
 """python -m bench.placed: a step over several worker processes against one process, and against what was expected.
 
-Every configuration is a model, a number of workers (one thread each), a number of microbatches and a search. They are
-timed in turn, round after round, with the whole step in one process of one thread beside them. Prints one JSON line for
-each: the ratio to the one process (above 1: faster), the expected and the measured milliseconds; at the end the median
-error of the expectation and the rank correlation over all.
+Every configuration is a model, a number of workers (one thread each), of chunks of time and of microbatches, and a
+search. They are timed in turn, round after round, with the whole step in one process of one thread beside them. Prints
+one JSON line for each: the ratio to the one process (above 1: faster), the expected and the measured milliseconds; at
+the end the median error of the expectation and the rank correlation over all.
+
+Two LSTM layers as a wave: python -m bench.placed --models recurrent --microbatches 1 --chunks 1,2,4,8 --compile eager
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from bench.models import Transformer
 from millrace.graph.graph import Graph
 from millrace.graph.passes.prune import prune
+from millrace.graph.passes.time_chunks import time_chunks
 from millrace.graph.training import training_graph
 from millrace.partition.placed import Planner
 from millrace.place.cluster import Cluster
@@ -64,10 +67,27 @@ def convolutions() -> tuple[nn.Module, Any]:
     return nn.Sequential(*layers), (torch.randn(32, 3, 32, 32), torch.randint(0, 10, (32,)))
 
 
+class Recurrent(nn.Module):
+    """Two LSTM layers of equal width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.low, self.high = nn.LSTM(width, width), nn.LSTM(width, width)
+        self.scores = nn.Linear(width, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(self.high(self.low(x)[0])[0])
+
+
+def recurrent() -> tuple[nn.Module, Any]:
+    return Recurrent(512), (torch.randn(64, 32, 512), torch.randint(0, 16, (64, 32)))
+
+
 MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "transformer": transformer,
     "perceptron": perceptron,
     "convolutions": convolutions,
+    "recurrent": recurrent,
 }
 
 
@@ -86,9 +106,10 @@ class Configuration:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure. Exit status 0."""
     options = argparse.ArgumentParser(prog="python -m bench.placed", description=__doc__)
-    options.add_argument("--models", default=",".join(MODELS))
+    options.add_argument("--models", default="transformer,perceptron,convolutions")
     options.add_argument("--workers", default="1,2")
     options.add_argument("--microbatches", default="1,4")
+    options.add_argument("--chunks", default="1", help="of time, for models that recur")
     options.add_argument("--search", default="auto")
     options.add_argument("--compile", default="inductor", choices=("eager", "inductor"))
     options.add_argument("--rounds", type=int, default=7)
@@ -132,10 +153,13 @@ def measure(model: str, given: argparse.Namespace) -> list[Configuration]:
     cluster = local_cluster([1] * most)
     try:
         for workers in map(int, given.workers.split(",")):
-            for parts in map(int, given.microbatches.split(",")):
-                some = Cluster(cluster.devices[:workers], cluster.links)
-                found.append(configure(f"{model}/{workers} workers/{parts} parts", graph, batch, some, parts, given))
-                print(f"  {found[-1].name}: ready", file=sys.stderr, flush=True)
+            some = Cluster(cluster.devices[:workers], cluster.links)
+            for chunks in map(int, given.chunks.split(",")):
+                name = f"{model}/{workers} workers" + (f"/{chunks} chunks" if chunks > 1 else "")
+                for parts in map(int, given.microbatches.split(",")):
+                    chunked = time_chunks(graph, chunks)
+                    found.append(configure(f"{name}/{parts} parts", chunked, batch, some, parts, given))
+                    print(f"  {found[-1].name}: ready", file=sys.stderr, flush=True)
         losses = {round(float(one.step()[1]), 3) for one in found}
         if len(losses) > 1:
             print(f"  {model}: losses differ: {sorted(losses)}", file=sys.stderr)

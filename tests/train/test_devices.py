@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tests.small import cross_entropy, labelled, mlp
-from torch import nn
+from torch import Tensor, nn
 
 import millrace
 from millrace.errors import PlacementError, SettingError, WorkerError
@@ -98,6 +98,46 @@ def test_the_last_smaller_batch_is_trained_on_as_well() -> None:
     same(models[0], models[1], rtol=1e-9, atol=1e-9)
 
 
+class Tagger(nn.Module):
+    """Two recurrent layers, scores for every step of time."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.lstm = nn.LSTM(4, 6, 2, dropout=dropout)
+        self.scores = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Sentences, one a row, to scores of the same order."""
+        return self.scores(self.lstm(x.transpose(0, 1))[0]).transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dropout", "more", "tolerance"),
+    [
+        (torch.float32, 0.3, {}, {"rtol": 1e-4, "atol": 1e-5}),  # the kernel
+        (torch.float64, 0.0, {"microbatches": 2}, {"rtol": 1e-9, "atol": 1e-9}),  # written out
+    ],
+    ids=str,
+)
+def test_recurrent_layers_train_in_chunks_of_time(
+    dtype: torch.dtype, dropout: float, more: dict[str, Any], tolerance: dict[str, float]
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    inputs = torch.randn(3, 4, 5, 4, generator=generator).to(dtype)
+    data = [(x, torch.randint(0, 3, (4, 5), generator=generator)) for x in inputs]
+
+    def run(**settings: Any) -> nn.Module:
+        model = Tagger(dropout).to(dtype)
+        adam = torch.optim.AdamW(model.parameters(), lr=0.01)
+        loss = lambda m, b: torch.nn.functional.cross_entropy(m(b[0]).flatten(0, 1), b[1].flatten())  # noqa: E731
+        millrace.fit(model, data, loss=loss, optimizer=adam, epochs=2, **QUIET, **settings)
+        return model
+
+    layers = {"lstm.l0": "cpu:0", "lstm.l1": "cpu:1"}
+    same(run(devices=TWO, placement=layers, time_chunks=3, **more), run(), **tolerance)
+
+
 def wide() -> nn.Module:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(4, 128), nn.Tanh(), nn.Linear(128, 96), nn.Tanh(), nn.Linear(96, 3)).double()
@@ -138,6 +178,8 @@ def test_a_model_of_four_partitions_trains_on_four_devices(tmp_path: Path) -> No
 def test_settings_that_do_not_go_together_are_refused() -> None:
     with pytest.raises(SettingError, match="devices=2"):
         trained(microbatches=2)
+    with pytest.raises(SettingError, match="devices=2"):
+        trained(time_chunks=2)
     with pytest.raises(SettingError, match="devices=2"):
         trained(wire="int8")
     with pytest.raises(SettingError, match="bfloat16, int8, zeros"):

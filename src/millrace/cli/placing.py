@@ -11,6 +11,7 @@ from millrace.graph.passes.gradients_apart import gradients_apart
 from millrace.graph.passes.microbatch import microbatch
 from millrace.graph.passes.prune import prune
 from millrace.graph.passes.splitting.split import split
+from millrace.graph.passes.time_chunks import time_chunks
 from millrace.place.algorithms.registry import ALGORITHMS
 from millrace.place.cluster_file import read_cluster
 from millrace.place.placement import Placement, place
@@ -24,6 +25,7 @@ PLACING = (
     "search",
     "budget",
     "microbatches",
+    "time_chunks",
     "partitions",
     "on",
     "wire",
@@ -33,6 +35,9 @@ PLACING = (
 def add_dividing(options: argparse.ArgumentParser) -> None:
     """What a step is divided into, and the wishes for where the parts are."""
     options.add_argument("--microbatches", type=int, default=1, metavar="N", help="parts of each batch (1)")
+    options.add_argument(
+        "--time-chunks", type=int, default=1, metavar="N", help="parts of time of recurrent layers (1)"
+    )
     options.add_argument("--partitions", type=int, default=1, metavar="N", help="blocks of each wide layer (1)")
     options.add_argument(
         "--on", action="append", default=[], metavar="MODULES=DEVICE", help="a wish; * stands for anything"
@@ -63,13 +68,14 @@ def placed_step(given: argparse.Namespace) -> tuple[Graph, Placement]:
 
     Raises: SettingError, PlacementError.
     """
-    for name in ("microbatches", "partitions"):
+    for name in ("microbatches", "time_chunks", "partitions"):
         if getattr(given, name) < 1:
-            raise SettingError(f"--{name} {getattr(given, name)}: expected a whole number of at least 1")
+            written = name.replace("_", "-")
+            raise SettingError(f"--{written} {getattr(given, name)}: expected a whole number of at least 1")
     graph = split(step_graph(configure(given.task, given.assignments)), given.partitions)
     graph = prune(graph, ["loss"], graph.updates)
     cluster = read_cluster(given.cluster) if given.cluster else local_cluster(given.devices)
-    parts = gradients_apart(microbatch(graph, given.microbatches))
+    parts = gradients_apart(microbatch(time_chunks(graph, given.time_chunks), given.microbatches))
     hints, codec = wishes(given.on), given.wire
     return graph, place(parts, cluster, hints, search=given.search, budget_s=given.budget, wire=codec)
 

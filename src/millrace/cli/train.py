@@ -82,23 +82,29 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
         options.error("--run-dir is for new runs; --resume RUN goes on in RUN")
     if given.devices is not None and given.cluster is not None:
         options.error("--devices N makes workers of this machine, --cluster FILE lists them: give one of the two")
-    if given.devices is None and given.cluster is None and (given.on or given.wire or given.microbatches > 1):
-        options.error("--on, --wire and --microbatches are for several devices: give --devices N, or --cluster FILE")
+    several = given.on or given.wire or given.microbatches > 1 or given.time_chunks > 1
+    if given.devices is None and given.cluster is None and several:
+        options.error(
+            "--on, --wire, --microbatches and --time-chunks are for several devices: give --devices N or --cluster FILE"
+        )
     return given
 
 
 def _division(given: argparse.Namespace) -> Division:
     devices = read_cluster(given.cluster) if given.cluster is not None else given.devices
-    return Division(devices, wishes(given.on) or None, given.microbatches, given.partitions, given.wire)
+    return Division(
+        devices, wishes(given.on) or None, given.microbatches, given.time_chunks, given.partitions, given.wire
+    )
 
 
 def _division_arguments(given: argparse.Namespace) -> str:
     """The arguments that a run needs again when it goes on."""
     found = []
-    for name, default in (("devices", None), ("cluster", None), ("microbatches", 1), ("partitions", 1), ("wire", None)):
+    defaults = {"devices": None, "cluster": None, "microbatches": 1, "time_chunks": 1, "partitions": 1, "wire": None}
+    for name, default in defaults.items():
         if getattr(given, name) != default:
             value = getattr(given, name)
-            found += [f"--{name}", ",".join(value) if isinstance(value, list) else str(value)]
+            found += [f"--{name.replace('_', '-')}", ",".join(value) if isinstance(value, list) else str(value)]
     for wish in given.on:
         found += ["--on", wish]
     return "".join(" " + shlex.quote(each) for each in found)

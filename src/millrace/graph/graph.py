@@ -45,6 +45,8 @@ class NodeInfo:
     block: which block of a split layer it computes; None for a node of no block, as those that join blocks are.
     device, together: what `with millrace.device` and `with millrace.colocate` say of it, of its forward node for a
         backward node; None where they say nothing.
+    sequence: when its forward operator was traced (for a backward node: that which it is the gradient of): autograd's
+        count, from the beginning of the step; None when unknown.
     """
 
     scope: str = ""
@@ -54,6 +56,7 @@ class NodeInfo:
     block: int | None = None
     device: Wish | None = None
     together: Wish | None = None
+    sequence: int | None = None
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 A group is a module, or a block of a split layer: its forward, backward and update nodes and its variables. The heaviest
 groups are divided into their submodules until there are as many groups as may be. A task is the part of a group that
-belongs to one phase and one microbatch. Of the backward pass, what no other group waits for (the gradients of
-variables) is a task of its own, which can fill the time in which a device would wait. Where a task would have to run
-before and after another one, it is divided.
+belongs to one phase, one microbatch and one chunk of time. Of the backward pass, what no other group waits for (the
+gradients of variables) is a task of its own, which can fill the time in which a device would wait. Where a task would
+have to run before and after another one, it is divided.
 
 Source of the two tasks of a backward pass: Qi, Wan, Huang, Lin, "Zero Bubble Pipeline Parallelism", 2023.
 """
@@ -19,10 +19,13 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from millrace.graph.graph import Graph, info
+from millrace.graph.passes.chunking.builder import CHUNK
 from millrace.graph.passes.microbatch import MICROBATCH
 from millrace.graph.scopes import cut
 from millrace.graph.signature import Phase
 from millrace.place.paths import counted_to
+
+_NO_CHUNK = -1
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Task:
     nodes: tuple[Node, ...]
 
 
+_TaskKey = tuple[int, Phase, int, int, bool]  # group, phase, microbatch, chunk, whether nothing else waits for it
 Key = tuple[str, str]  # what decides the group of a node: its module and its label
 
 
@@ -134,9 +138,9 @@ def _divided(weights: Mapping[str, float], limit: int) -> dict[str, str]:
 def _tasks(graph: Graph, group_of: Mapping[Node, int], names: Sequence[str]) -> tuple[Task, ...]:
     """Nodes joined to tasks so that no two tasks wait for each other."""
     members: list[list[Node]] = []
-    keys: list[tuple[int, Phase, int, bool]] = []
+    keys: list[_TaskKey] = []
     ancestors: list[int] = []  # bit sets of tasks
-    newest: dict[tuple[int, Phase, int, bool], int] = {}
+    newest: dict[_TaskKey, int] = {}
     leading_on = _leading_on(group_of)
     task_of: dict[Node, int] = {}
     for node in group_of:
@@ -147,7 +151,7 @@ def _tasks(graph: Graph, group_of: Mapping[Node, int], names: Sequence[str]) -> 
             continue
         phase = info(node).phase
         is_last = phase is Phase.BACKWARD and node not in leading_on
-        key = (group_of[node], phase, node.meta.get(MICROBATCH, 0), is_last)
+        key = (group_of[node], phase, node.meta.get(MICROBATCH, 0), node.meta.get(CHUNK, _NO_CHUNK), is_last)
         before = {task_of[a] for a in node.all_input_nodes if a in task_of}
         needed = 0
         for other in before:
@@ -171,10 +175,10 @@ def _tasks(graph: Graph, group_of: Mapping[Node, int], names: Sequence[str]) -> 
     counts: dict[str, int] = {}
     tasks = []
     for index in order:
-        group_index, phase, part, is_last = keys[index]
-        name = f"{names[group_index]} {'gradients' if is_last else phase}" + (
-            f" {part}" if phase is not Phase.UPDATE else ""
-        )
+        group_index, phase, part, chunk, is_last = keys[index]
+        name = f"{names[group_index]} {'gradients' if is_last else phase}"
+        name += f" {part}" if phase is not Phase.UPDATE else ""
+        name += f" chunk {chunk}" if chunk != _NO_CHUNK else ""
         counts[name] = counts.get(name, 0) + 1
         suffix = f" ({counts[name]})" if counts[name] > 1 else ""
         tasks.append(Task(name + suffix, group_index, phase, part, tuple(members[index])))

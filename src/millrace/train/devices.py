@@ -16,6 +16,7 @@ from millrace.errors import PlacementError
 from millrace.graph.draw import picture_of
 from millrace.graph.graph import Graph
 from millrace.graph.passes.prune import prune
+from millrace.graph.passes.time_chunks import time_chunks
 from millrace.graph.picture.svg import to_svg
 from millrace.graph.places import Places
 from millrace.partition.placed import Planner
@@ -61,12 +62,15 @@ class DeviceRun(Callback):
         assert plan.devices is not None
         cluster, described = cluster_of(plan.devices)
         _refuse_distant(cluster)
+        chunked = time_chunks(graph, plan.time_chunks)
+        if plan.time_chunks > 1 and chunked is graph:
+            self._say(f"time_chunks={plan.time_chunks}: nothing in this model recurs over so many steps of time")
         workers = ProcessWorkers(cluster.devices)
         measured_on = None if described else workers
         self._planner = Planner(lambda whole: self._search(whole, cluster, measured_on), fused=self._fused)
         try:
             self._session = PlacedSession(
-                graph,
+                chunked,
                 self._planner,
                 workers,
                 microbatches=plan.microbatches,

@@ -73,6 +73,7 @@ def fit(
             (["gpu:0", "gpu:1", "cpu:0"]), "all" for every GPU and a CPU worker, a `Cluster`, or a cluster file. None:
             train in this process. placement: wishes, such as {"encoder.*": "gpu:0"}; see `millrace.place.hints.Hints`.
             microbatches: into how many parts to divide each batch, so that the devices work at the same time.
+            time_chunks: into how many parts of time to cut recurrent layers, for the same reason.
             transport: "shared_memory" or "gloo"; None: as the devices' hosts allow.
             wire: narrow what they send each other: "bfloat16", "int8", "zeros" (exact), or a mapping such as
             {"encoder.*": "int8"}; see docs/placement.md.

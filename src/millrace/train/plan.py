@@ -33,6 +33,7 @@ class PlanSettings(TypedDict, total=False):
     devices: Devices | None
     placement: Hints | Mapping[str, str] | None
     microbatches: int
+    time_chunks: int
     transport: str | None
     wire: Mapping[str, str] | str | None
     compile: str
@@ -52,7 +53,7 @@ class PlanSettings(TypedDict, total=False):
 
 
 _INTERVALS = ("evaluate_every", "checkpoint_every", "log_every")
-_COUNTS = ("steps", "epochs", "accumulate", "partitions", "microbatches", "steps_per_call", *_INTERVALS)
+_COUNTS = ("steps", "epochs", "accumulate", "partitions", "microbatches", "time_chunks", "steps_per_call", *_INTERVALS)
 FIXED = ("seed", "accumulate", "precision", "partitions")  # of a run: resumed, it keeps them
 
 
@@ -73,6 +74,7 @@ class Plan:
     devices: Devices | None = None
     placement: Hints | Mapping[str, str] | None = None
     microbatches: int = 1
+    time_chunks: int = 1
     transport: str | None = None
     wire: Mapping[str, str] | str | None = None
     compile: str = "tiered"
@@ -121,10 +123,12 @@ class Plan:
                 '["gpu:0", "cpu:0"], "all" for every device of this machine, a cluster file, or a Cluster'
             )
         apart = {"placement": self.placement, "transport": self.transport, "wire": self.wire}
-        if self.devices is None and (self.microbatches > 1 or any(value is not None for value in apart.values())):
+        if self.devices is None and (
+            self.microbatches > 1 or self.time_chunks > 1 or any(value is not None for value in apart.values())
+        ):
             raise SettingError(
-                "placement=…, microbatches=…, transport=… and wire=… are for several devices: pass devices=2, names, "
-                "or a Cluster"
+                "placement=…, microbatches=…, time_chunks=…, transport=… and wire=… are for several devices: pass "
+                "devices=2, names, or a Cluster"
             )
         check_transport(self.transport)
         Wire.of(self.wire)

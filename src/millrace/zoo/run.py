@@ -67,6 +67,7 @@ class Division:
     devices: Devices | None = None
     placement: Mapping[str, str] | None = None
     microbatches: int = 1
+    time_chunks: int = 1
     partitions: int = 1
     wire: str | None = None
 
@@ -159,6 +160,7 @@ def train(
             devices=division.devices,
             placement=division.placement,
             microbatches=division.microbatches,
+            time_chunks=division.time_chunks,
             partitions=division.partitions,
             wire=division.wire,
             **_fit_settings(settings),

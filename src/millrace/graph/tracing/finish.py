@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from millrace.graph.check import check
-from millrace.graph.graph import INFO, Graph, NodeInfo, set_output, step_module
+from millrace.graph.graph import INFO, Graph, NodeInfo, info, set_output, step_module
 from millrace.graph.passes.merge_counters import merge_counters
 from millrace.graph.passes.simplify import simplify
 from millrace.graph.signature import Feed, Phase, Variable
@@ -163,9 +163,44 @@ def label(graph: torch.fx.Graph, updates: Mapping[str, Node], owners: Mapping[st
             origin = origins[node.args[0] if node.target is operator.getitem else node]
             found = served[node]
             owner = "" if phases[node] is not Phase.UPDATE else next(iter(found)) if len(found) == 1 else "*"
+            sequence = origin.sequence if phases[node] is not Phase.UPDATE else None
             node.meta[INFO] = NodeInfo(
-                origin.scope, phases[node], owner, origin.line, device=origin.device, together=origin.together
+                origin.scope,
+                phases[node],
+                owner,
+                origin.line,
+                device=origin.device,
+                together=origin.together,
+                sequence=sequence,
             )
+    _give_sums_to_readers(graph)
+
+
+def _give_sums_to_readers(graph: torch.fx.Graph) -> None:
+    """A sum of gradients that a module adds to its own is counted to that module, and to the operator that reads it.
+
+    Autograd adds up the gradients of a value when it has computed the last of them, which may be somewhere else: in a
+    recurrence, in another layer. Sums that an update reads (those of a weight's gradients) stay where they were made.
+    """
+    summed: dict[Node, set[str]] = {}  # the scopes of what each sum adds
+    for node in graph.nodes:
+        if _is_sum(node):
+            summed[node] = set().union(*(summed.get(a, {info(a).scope}) for a in node.all_input_nodes))
+    given: set[Node] = set()
+    for node in reversed(list(summed)):
+        users = [user for user in node.users if user not in summed or user in given]
+        readers = [info(user) for user in users if user.op == "call_function"]
+        if not readers or {(known.scope, known.phase) for known in readers} != {(readers[0].scope, Phase.BACKWARD)}:
+            continue
+        if readers[0].scope in summed[node]:
+            node.meta[INFO] = readers[0]
+            given.add(node)
+
+
+def _is_sum(node: Node) -> bool:
+    """Whether a node adds two gradients."""
+    nodes = [a for a in (node, *node.args) if isinstance(a, Node) and a.op == "call_function"]
+    return node.target is aten.add.Tensor and len(nodes) == 3 and all(info(a).phase is Phase.BACKWARD for a in nodes)
 
 
 def _served(

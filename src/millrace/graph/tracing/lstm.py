@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -192,23 +191,17 @@ def lstm(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`torch.lstm` layer by layer, each direction one node. Arguments and results as `torch.lstm`'s."""
+    """`torch.lstm` of one layer, each direction one node. Arguments and results as `torch.lstm`'s."""
     dtype = _dtype(x)
     x_TBI = (x.transpose(0, 1) if batch_first else x).contiguous().to(dtype)
     state, weights = [t.to(dtype) for t in state], [t.to(dtype) for t in weights]
-    directions = 2 if bidirectional else 1
-    last_h, last_c = [], []
-    for layer in range(layers):
-        if layer and dropout and train:
-            x_TBI = F.dropout(x_TBI, dropout)
-        found = []
-        for direction in range(directions):
-            index = layer * directions + direction
-            own = weights[4 * index : 4 * index + 4]
-            h_BH, c_BH = (t[index].contiguous() for t in state)
-            y, h, c, _ = torch.ops.millrace.lstm_layer(x_TBI, *own, h_BH, c_BH, bool(direction))
-            found.append(y)
-            last_h.append(h)
-            last_c.append(c)
-        x_TBI = torch.cat(found, -1) if bidirectional else found[0]
-    return x_TBI.transpose(0, 1) if batch_first else x_TBI, torch.stack(last_h), torch.stack(last_c)
+    found, last_h, last_c = [], [], []
+    for direction in range(2 if bidirectional else 1):
+        own = weights[4 * direction : 4 * direction + 4]
+        h_BH, c_BH = (t[direction].contiguous() for t in state)
+        y, h, c, _ = torch.ops.millrace.lstm_layer(x_TBI, *own, h_BH, c_BH, bool(direction))
+        found.append(y)
+        last_h.append(h)
+        last_c.append(c)
+    y_TBH = torch.cat(found, -1) if bidirectional else found[0]
+    return y_TBH.transpose(0, 1) if batch_first else y_TBH, torch.stack(last_h), torch.stack(last_c)

@@ -48,6 +48,7 @@ class Origin:
     """Where an operator comes from. `inside` says that a module was running (the root's own path is "").
 
     device, together: see `NodeInfo`.
+    sequence: autograd's number of the forward operator, counted from the beginning of the step.
     """
 
     scope: str = ""
@@ -56,6 +57,7 @@ class Origin:
     inside: bool = False
     device: Wish | None = None
     together: Wish | None = None
+    sequence: int | None = None
 
 
 class Recorder(TorchDispatchMode):
@@ -80,6 +82,7 @@ class Recorder(TorchDispatchMode):
         self._stack: list[str] = []
         self._updating = 0
         self._forward_of: dict[int, Origin] = {}
+        self._first = _newest_sequence()
         self.last = Origin()
 
     @contextlib.contextmanager
@@ -103,7 +106,7 @@ class Recorder(TorchDispatchMode):
         parent = self._stack[-1] if self._stack else ""
         path = self._scopes.get(id(module))
         if path is None:  # made inside the step, or not among the variables: it has no parameters
-            path = f"{parent}.{type(module).__name__}" if parent else type(module).__name__
+            path = f"{parent}.{module._get_name()}" if parent else module._get_name()
         self._stack.append(path)
 
     def _leave(self, _module: nn.Module, _args: Any, _result: Any) -> None:
@@ -122,20 +125,29 @@ class Recorder(TorchDispatchMode):
         node: Any = torch._C._current_autograd_node()  # None outside of the backward pass
         device, together = current_wishes()
         if node is not None:
-            known = self._forward_of.get(node._sequence_nr(), Origin())
+            known = self._forward(node._sequence_nr())
             if self._stack:  # recomputation of a checkpointed module
                 wishes = device or known.device, together or known.together
-                return Origin(self._stack[-1], Phase.BACKWARD, user_line() or known.line, True, *wishes)
+                return Origin(self._stack[-1], Phase.BACKWARD, user_line() or known.line, True, *wishes, known.sequence)
             device, together = known.device or device, known.together or together
             return dataclasses.replace(known, phase=Phase.BACKWARD, device=device, together=together)
         if self._updating and not self._stack:  # a closure of the optimizer may run the model
             return Origin("", Phase.UPDATE, user_line(), False, device, together)
         inside = bool(self._stack)
-        scope, phase = (self._stack[-1], Phase.FORWARD) if inside else ("", None)
-        origin = Origin(scope, phase, user_line(), inside, device, together)
         # Autograd has just made the node of this operator, if it needs one: the newest number is its.
-        self._forward_of.setdefault(torch._C._autograd._get_sequence_nr() - 1, origin)
+        number = _newest_sequence()
+        scope, phase = (self._stack[-1], Phase.FORWARD) if inside else ("", None)
+        origin = Origin(scope, phase, user_line(), inside, device, together, max(number - self._first, 0))
+        self._forward_of.setdefault(number, origin)
         return origin
+
+    def _forward(self, number: int) -> Origin:
+        """The forward operator of a number. An operator may take several, and only the first of them is known."""
+        if number > _newest_sequence():  # of a node that stands for a variable
+            return Origin()
+        while number not in self._forward_of and number > self._first:
+            number -= 1
+        return self._forward_of.get(number, Origin())
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -160,6 +172,10 @@ class Recorder(TorchDispatchMode):
         for tensor in tensors_in((result,)):
             setattr(tensor, LINE, origin.line)
         return result
+
+
+def _newest_sequence() -> int:
+    return int(torch._C._autograd._get_sequence_nr()) - 1
 
 
 def where(origin: Origin) -> str:

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from millrace.errors import TraceError
 from millrace.graph.signature import TensorSpec
 from millrace.graph.tracing.closures import bodies_within, call_without_closures
-from millrace.graph.tracing.lstm import fits, lstm
+from millrace.graph.tracing.recurrent import RECURRENT, recurrent
 from millrace.graph.tracing.refusals import PRINTED
 from millrace.graph.tracing.stand_ins import ATTENTION, GAUSSIAN_LOSS, RRELU, attention, gaussian_nll_loss, rrelu
 from millrace.graph.tracing.user_code import user_line
@@ -41,8 +41,8 @@ class ReplacedCalls(TorchFunctionMode):
                 f"{user_line()}: a packed sequence has as many rows as the lengths say, and a graph is made before "
                 "they are known.\n  Way out: leave the batch padded, and mask the loss where a sequence has ended."
             )
-        if func is torch.lstm and fits(args):
-            return lstm(*args)
+        if func in RECURRENT and not kwargs:
+            return recurrent(func, *args)
         scale = kwargs.get("alpha", kwargs.get("value"))
         if isinstance(scale, Tensor) and getattr(func, "__name__", "") in _SCALED and len(args) > 1:
             # A learning rate is a variable, but these arguments are numbers to ATen: multiply instead.

@@ -11,9 +11,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 
-from millrace.graph.graph import INFO, NodeInfo, info
+from millrace.graph.graph import INFO, Graph, NodeInfo, info
 from millrace.graph.passes.splitting.layouts import PERMUTATIONS, RESHAPES, before_permutation
 from millrace.graph.passes.splitting.values import Along, Layout, Several, Split, Value
 
@@ -28,6 +29,8 @@ class Builder:
     value of a node (None: whole); nodes that are not in it are wanted in no particular one. rename: the owner that an
     update node names, for a block of it (None: no block).
     """
+
+    word = "block"  # what a part of a value is called in the names of nodes
 
     def __init__(
         self, parts: int, mode: Any, wishes: dict[Node, Layout], rename: Callable[[str, int | None], str]
@@ -54,11 +57,14 @@ class Builder:
         """A node that calls `target`; its value is found by running it on fake tensors."""
         args, kwargs = tuple(args), dict(kwargs or {})
         target, value = self._run(target, args, kwargs)
-        name = self._name if block is None else f"{self._name}_block{block}"
+        name = self._name if block is None else f"{self._name}_{self.word}{block}"
         node = self.fx.create_node("call_function", target, args, kwargs, name=name)
-        variable = self._rename(self._info.variable, block)
-        node.meta = {"val": value, INFO: replace(self._info, block=block, variable=variable)}
+        node.meta = {"val": value, **self._origin(self._info, block)}
         return node
+
+    def _origin(self, whole: NodeInfo, block: int | None) -> dict[str, Any]:
+        """What the `meta` of a node says of where it comes from. whole: the origin of the node that it stands for."""
+        return {INFO: replace(whole, block=block, variable=self._rename(whole.variable, block))}
 
     def each(self, make: Callable[[int], Node]) -> tuple[Node, ...]:
         """One node per block."""
@@ -88,6 +94,14 @@ class Builder:
             new.target, new.meta["val"] = self._run(node.target, args, kwargs)
         if INFO in new.meta:
             new.meta[INFO] = replace(info(node), variable=self._rename(info(node).variable, None))
+        return new
+
+    def constant(self, node: Node, held: object) -> Node:
+        """A node that reads a constant of the module, which is whole. held: the constant."""
+        new = self.fx.create_node(node.op, node.target, (), {}, name=node.name)
+        new.meta = dict(node.meta)
+        if isinstance(held, Tensor) and "val" not in new.meta:
+            node.meta["val"] = new.meta["val"] = self._mode.from_tensor(held)
         return new
 
     def layout_of(self, new: Node, old: Node) -> Node:
@@ -127,7 +141,7 @@ class Builder:
         if value not in self._joined:
             before = self._info, self._name
             self._info = origin or self._info
-            self._name = value.blocks[0].name.removesuffix("_block0") + "_joined"
+            self._name = value.blocks[0].name.removesuffix(f"_{self.word}0") + "_joined"
             self._joined[value] = self.call(aten.cat.default, (list(value.blocks), value.along.dim))
             self._info, self._name = before
         return self._joined[value]
@@ -185,6 +199,33 @@ class Builder:
         if layout is None or (_node(value), layout) in self.slices:
             return 0.0
         return size
+
+
+def fake_mode(graph: Graph) -> Any:
+    """The mode of the fake tensors that stand for the graph's values."""
+    for node in graph.fx.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if mode is not None:
+            return mode
+    return FakeTensorMode()
+
+
+def fits(value: Value, expected: Any) -> bool:
+    """Whether the blocks make up a value of the shape and dtype that the whole has; a rule may not know every case."""
+    if isinstance(value, Several):
+        return all(v is None or fits(v, e) for v, e in zip(value.values, expected, strict=True))
+    if not isinstance(expected, Tensor):
+        return False
+    if isinstance(value, Split):
+        shape = list(expected.shape)
+        sizes = value.along.sizes()
+        if sum(sizes) != shape[value.along.dim]:
+            return False
+        shapes = [(*shape[: value.along.dim], size, *shape[value.along.dim + 1 :]) for size in sizes]
+        found = [block.meta["val"] for block in value.blocks]
+        return all(f.shape == torch.Size(s) and f.dtype == expected.dtype for f, s in zip(found, shapes, strict=True))
+    assert isinstance(value, Node)
+    return value.meta["val"].shape == expected.shape and value.meta["val"].dtype == expected.dtype
 
 
 def arguments(node: Node) -> tuple[Any, ...]:

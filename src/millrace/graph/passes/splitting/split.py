@@ -13,17 +13,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
-import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 
 from millrace.errors import GraphError
 from millrace.graph.encoding import attribute
 from millrace.graph.graph import Graph, set_output, step_module
-from millrace.graph.passes.splitting.builder import Builder
+from millrace.graph.passes.splitting.builder import Builder, fake_mode, fits
 from millrace.graph.passes.splitting.choose import only_sliced, weights_to_split, with_slots
 from millrace.graph.passes.splitting.elementwise import elementwise, is_elementwise
 from millrace.graph.passes.splitting.rules import RULES
@@ -85,8 +82,7 @@ class _Walk:
 
     def __init__(self, graph: Graph, parts: int, chosen: Mapping[str, Along]) -> None:
         self._graph, self._parts, self._chosen = graph, parts, chosen
-        self._mode = _fake_mode(graph)
-        self._builder = Builder(parts, self._mode, wishes(graph, chosen), self._owner)
+        self._builder = Builder(parts, fake_mode(graph), wishes(graph, chosen), self._owner)
 
     def result(self) -> Graph:
         graph, builder = self._graph, self._builder
@@ -96,7 +92,11 @@ class _Walk:
                 builder.values[node] = self._input(names[node], node)
             elif node.op != "output":
                 builder.begin(node)
-                builder.values[node] = self._rewritten(node) if node.op == "call_function" else self._constant(node)
+                builder.values[node] = (
+                    self._rewritten(node)
+                    if node.op == "call_function"
+                    else builder.constant(node, attribute(graph.module, str(node.target)))
+                )
         fetches = {name: builder.whole(graph.node(node)) for name, node in graph.fetches.items()}
         updates: dict[str, Node] = {}
         for variable, name in graph.updates.items():
@@ -135,17 +135,9 @@ class _Walk:
         divided = any(builder.layouts(n) for n in node.all_input_nodes)
         if rule is not None and (divided or builder.wishes.get(node) is not None):
             value = rule(builder, node)
-            if value is not None and _fits(value, node.meta.get("val")):
+            if value is not None and fits(value, node.meta.get("val")):
                 return value
         return builder.copy(node)
-
-    def _constant(self, node: Node) -> Node:
-        new = self._builder.fx.create_node(node.op, node.target, (), {}, name=node.name)
-        new.meta = dict(node.meta)
-        held = attribute(self._graph.module, str(node.target))
-        if isinstance(held, Tensor) and "val" not in new.meta:
-            node.meta["val"] = new.meta["val"] = self._mode.from_tensor(held)
-        return new
 
     def _input(self, name: str, node: Node) -> Value:
         along = self._chosen.get(name)
@@ -208,29 +200,3 @@ class _Walk:
             for k, size in enumerate(along.sizes()):
                 found[block_name(name, along, k)] = tensor.detach().narrow(along.dim, along.bounds[k], size)
         return found
-
-
-def _fake_mode(graph: Graph) -> Any:
-    for node in graph.fx.nodes:
-        mode = getattr(node.meta.get("val"), "fake_mode", None)
-        if mode is not None:
-            return mode
-    return FakeTensorMode()
-
-
-def _fits(value: Value, expected: Any) -> bool:
-    """Whether the blocks make up a value of the shape and dtype that the whole has; a rule may not know every case."""
-    if isinstance(value, Several):
-        return all(v is None or _fits(v, e) for v, e in zip(value.values, expected, strict=True))
-    if not isinstance(expected, Tensor):
-        return False
-    if isinstance(value, Split):
-        shape = list(expected.shape)
-        sizes = value.along.sizes()
-        if sum(sizes) != shape[value.along.dim]:
-            return False
-        shapes = [(*shape[: value.along.dim], size, *shape[value.along.dim + 1 :]) for size in sizes]
-        found = [block.meta["val"] for block in value.blocks]
-        return all(f.shape == torch.Size(s) and f.dtype == expected.dtype for f, s in zip(found, shapes, strict=True))
-    assert isinstance(value, Node)
-    return value.meta["val"].shape == expected.shape and value.meta["val"].dtype == expected.dtype
