@@ -14,6 +14,7 @@ import torch.nn.utils.parametrizations as parametrizations
 from torch import Tensor, nn
 
 from millrace.graph.trace import trace
+from millrace.runtime.session import Session
 
 from .against_eager import Given, Runner, Step, match_eager, training
 
@@ -590,3 +591,10 @@ def test_fetches_may_be_numbers_nothing_and_nests() -> None:
         "nest.1.0": 2,
         "nest.1.1.deep": 2,
     }
+
+
+def test_one_tensor_in_two_places_of_the_example_is_two_feeds() -> None:
+    words, others = torch.randn(3, 4), torch.randn(3, 4)
+    graph = trace(lambda _, batch: {"sum": batch[0] + 2 * batch[1]}, {}, (words, words))
+    with Session(graph, compile="eager") as session:
+        assert torch.equal(session.run("sum", (words, others)), words + 2 * others)

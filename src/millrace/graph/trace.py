@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -90,7 +90,8 @@ def trace(step: Step, variables: Mapping[str, Any], feed: Any, *, seed: int = 0)
         return [tensor.detach() for tensor in fetched.values()]
 
     with alone, _tracing():
-        recorded = make_fx(flat_step, tracing_mode="fake", _allow_non_fake_inputs=True)(*values, *leaves.values())
+        tracer = make_fx(flat_step, tracing_mode="fake", _allow_non_fake_inputs=True)
+        recorded = tracer(*values, *_apart(leaves.values()))
         refuse_strays(recorded, step)
         with functionalizing(recorded):
             functional = functionalize(recorded)
@@ -140,6 +141,16 @@ def _tracing() -> Iterator[None]:
         torch.compiler._is_compiling_flag = compiling
         if collecting:
             gc.enable()
+
+
+def _apart(leaves: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The leaves of a batch, each its own: a tensor that stands in two places is two feeds, which may differ later."""
+    seen: set[int] = set()
+    for leaf in leaves:
+        if id(leaf) in seen:
+            leaf = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
+        seen.add(id(leaf))
+        yield leaf
 
 
 def flatten_feed(feed: Any) -> tuple[dict[str, Tensor], Any]:
