@@ -596,5 +596,4 @@ def test_fetches_may_be_numbers_nothing_and_nests() -> None:
 def test_one_tensor_in_two_places_of_the_example_is_two_feeds() -> None:
     words, others = torch.randn(3, 4), torch.randn(3, 4)
     graph = trace(lambda _, batch: {"sum": batch[0] + 2 * batch[1]}, {}, (words, words))
-    with Session(graph, compile="eager") as session:
-        assert torch.equal(session.run("sum", (words, others)), words + 2 * others)
+    assert torch.equal(Session(graph, compile="eager").run("sum", (words, others)), words + 2 * others)
