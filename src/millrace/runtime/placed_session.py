@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,12 @@ from torch import Tensor
 
 from millrace.compile.tiered import Say
 from millrace.errors import FeedError, FetchError, MillraceError, SettingError, did_you_mean
-from millrace.graph.graph import TRAIN, Graph, feed_key
-from millrace.graph.passes.gradients_apart import gradients_apart
-from millrace.graph.passes.microbatch import microbatch
-from millrace.graph.passes.prune import prune
-from millrace.graph.passes.sparse_rows import sparse_rows
-from millrace.graph.signature import TensorSpec
-from millrace.partition.cut import cut
+from millrace.graph.graph import TRAIN, Graph
 from millrace.partition.files import save_program
-from millrace.partition.narrow import narrow
-from millrace.partition.pieces import Piece
 from millrace.partition.program import Partition
 from millrace.place.wire import Wire
-from millrace.runtime.aliasing import Memory
-from millrace.runtime.feeds import FeedReader, Key
 from millrace.runtime.messages import Message
-from millrace.runtime.ranges import Range, check_ranges, feed_ranges
+from millrace.runtime.placed_programs import Place, Program, Programs
 from millrace.runtime.save_nodes import SideGraph
 from millrace.runtime.session import Session
 from millrace.runtime.transport.choose import check_transport, choose
@@ -39,8 +29,6 @@ log = logging.getLogger(__name__)
 
 _COMPILE_TIMEOUT_S = 3600.0
 _LARGEST_MESSAGE_BYTES = 32 * 2**20
-
-Place = Callable[[Graph], Sequence[Piece]]
 
 
 @dataclass(frozen=True)
@@ -55,27 +43,6 @@ class Timeline:
     partition: Partition
     times: Mapping[str, Sequence[float]]
     wire: WireBytes
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """The step for batches of one shape. parts: into how many microbatches they are divided."""
-
-    graph: Graph
-    parts: int
-
-
-@dataclass
-class _Program:
-    """What some fetches need, cut and loaded by the workers under the number `key`."""
-
-    key: int
-    graph: Graph
-    fetches: tuple[str, ...]
-    partition: Partition
-    ranges: tuple[Range, ...]
-    tiers: dict[str, list[str]] = field(default_factory=dict)
-    is_new: bool = True  # no step has been taken yet
 
 
 class PlacedSession:
@@ -118,24 +85,17 @@ class PlacedSession:
         _refuse_other_devices(graph)
         self.graph = graph
         self.microbatches = microbatches
-        self._transport = transport
         self.timeline: Timeline | None = None  # of the last step, while `watch_time` is set
         self.watch_time = False
-        self._place = place
         self._workers = workers
-        self._compile, self._reduction, self._timeout_s, self._say = compile, reduction, timeout_s, say
-        self._programs: dict[tuple[Key, tuple[str, ...]], _Program] = {}
+        self._transport, self._compile, self._timeout_s, self._say = transport, compile, timeout_s, say
         self._step = 0
-        self._wire = Wire.of(wire)
+        self._tiers: dict[int, dict[str, list[str]]] = {}  # of the programs that the workers have, by device
         self._sent: tuple[Partition, list[Reported]] | None = None  # of the last step
-        self._reader = FeedReader(graph, Memory([]))
         self._own = Session(graph, variables, compile="eager", say=say)
         self._stale = False  # whether the devices have newer values than `variables`
-        whole = _Shape(_divided(graph, microbatches, reduction), microbatches)
-        self._wire.check(whole.graph)
-        self._shapes: dict[Key, _Shape] = {_key(feed.spec for feed in graph.feeds): whole}
-        step = sparse_rows(whole.graph)
-        self.homes = dict(cut(step, place(step)).homes)
+        self._programs = Programs(graph, place, Wire.of(wire), microbatches, reduction, say)
+        self.homes = self._programs.homes
         self.push()
 
     def __enter__(self) -> PlacedSession:
@@ -156,7 +116,9 @@ class PlacedSession:
         Raises: besides what `Session.run` raises, WorkerError when a device has ended or kept the others waiting.
         """
         names = (fetches,) if isinstance(fetches, str) else tuple(fetches)
-        program, given = self._prepare(names, feed)
+        program, given = self._programs.for_batch(names, feed)
+        if program.key not in self._tiers:
+            self._load(program)
         answers = self._take_step(program, given)
         results: dict[str, Tensor | None] = {TRAIN: None}
         for name in program.fetches:
@@ -173,7 +135,7 @@ class PlacedSession:
     def partition(self, fetches: str | Sequence[str], feed: Any = None) -> Partition:
         """How the graph of these fetches is cut, for batches like `feed` (or the first one)."""
         names = (fetches,) if isinstance(fetches, str) else tuple(fetches)
-        return self._program(names, next(iter(self._shapes)) if feed is None else self._reader.read(feed).key).partition
+        return self._programs.for_batch(names, feed, checked=False)[0].partition
 
     def wire_bytes(self) -> WireBytes:
         """What the last step sent from device to device, edge by edge, and what it would have sent without narrowing.
@@ -185,7 +147,7 @@ class PlacedSession:
     @property
     def last_tier(self) -> str:
         """ "inductor" when all segments of the programs in use run compiled."""
-        tiers = {t for program in self._programs.values() for tiers in program.tiers.values() for t in tiers}
+        tiers = {tier for devices in self._tiers.values() for segments in devices.values() for tier in segments}
         return "inductor" if tiers == {"inductor"} else "eager"
 
     # -- variables -----------------------------------------------------------------------------------------------
@@ -268,63 +230,7 @@ class PlacedSession:
                 part.setdefault(self.homes[name], {})[name] = value
             self._workers.ask({d: Message("write", {}, tensors) for d, tensors in part.items()}, self._timeout_s)
 
-    def _prepare(self, names: tuple[str, ...], feed: Any) -> tuple[_Program, dict[str, Tensor]]:
-        """What runs `names` for this batch, and the step's feeds by their keys, in parts as the graph wants them."""
-        if feed is None:
-            program = self._program(names, next(iter(self._shapes)))
-            inputs = program.graph.placeholders()
-            for one in program.graph.feeds:
-                if inputs[feed_key(one.name)].users:
-                    raise FeedError(
-                        f"{', '.join(names)} needs the feed {one.name!r} ({one.spec}), but no batch was given"
-                    )
-            nothing = {feed_key(f.name): torch.empty(f.spec.shape, dtype=f.spec.dtype) for f in program.graph.feeds}
-            return program, nothing
-        batch = self._reader.read(feed)
-        if batch.key not in self._shapes:
-            self._shapes[batch.key] = self._retraced(self._reader.nest(batch), batch.key)
-        program = self._program(names, batch.key)
-        parts = self._shapes[batch.key].parts
-        flat = list(batch.placed)
-        if parts > 1:  # a single number, which has no axis to divide, may be in a batch that is whole
-            flat = [tensor for part in zip(*(t.chunk(parts) for t in flat), strict=True) for tensor in part]
-        check_ranges(program.ranges, [flat])
-        return program, {feed_key(f.name): tensor for f, tensor in zip(program.graph.feeds, flat, strict=True)}
-
-    def _retraced(self, batch: Any, key: Key) -> _Shape:
-        """The step for batches of another shape."""
-        got = ", ".join(f"{f.name} {list(shape)}" for f, (shape, _) in zip(self.graph.feeds, key, strict=True))
-        expected = ", ".join(f"{f.name} {list(f.spec.shape)}" for f in self.graph.feeds)
-        if self.graph.retrace is None or any(
-            d != f.spec.dtype for f, (_, d) in zip(self.graph.feeds, key, strict=True)
-        ):
-            raise FeedError(
-                f"the batch is {got}, but the graph was traced for {expected}, and the dtypes must be its own."
-            )
-        try:
-            graph = self.graph.retrace(batch)
-        except (MillraceError, RuntimeError, ValueError, IndexError, TypeError) as error:
-            raise FeedError(
-                f"the batch is {got} instead of {expected}, and the step does not run on that: {error}"
-            ) from error
-        self._say(f"a batch of another shape ({got}): the step was traced and cut again")
-        sizes = {shape[0] for shape, _ in key if shape}
-        size = sizes.pop() if len(sizes) == 1 else 1
-        parts = max(n for n in range(1, self.microbatches + 1) if size % n == 0)
-        return _Shape(_divided(graph.with_(initial={}), parts, self._reduction), parts)
-
-    def _program(self, names: tuple[str, ...], key: Key) -> _Program:
-        if (key, names) not in self._programs:
-            whole = self._shapes[key].graph
-            wanted = tuple(dict.fromkeys(name for name in names if name != TRAIN))
-            part = sparse_rows(prune(whole, wanted, whole.updates if TRAIN in names else ()))
-            partition = narrow(cut(part, self._place(part), self.homes), part, self._wire)
-            program = _Program(len(self._programs), part, wanted, partition, feed_ranges(part))
-            self._load(program)
-            self._programs[key, names] = program
-        return self._programs[key, names]
-
-    def _load(self, program: _Program) -> None:
+    def _load(self, program: Program) -> None:
         partition = program.partition
         transport = choose(partition.edges, self._transport)
         base = self._workers.directory / f"program-{program.key}"
@@ -348,8 +254,9 @@ class PlacedSession:
             )
         compiling = self._compile == "inductor"  # before the first step
         self._workers.ask(messages, _COMPILE_TIMEOUT_S if compiling else self._timeout_s)
+        self._tiers[program.key] = {}
 
-    def _take_step(self, program: _Program, given: Mapping[str, Tensor]) -> dict[str, Message]:
+    def _take_step(self, program: Program, given: Mapping[str, Tensor]) -> dict[str, Message]:
         self._step += 1
         self._stale = self._stale or bool(program.graph.updates)
         fields = {
@@ -368,15 +275,14 @@ class PlacedSession:
         except MillraceError:
             self.close()  # some devices have updated their variables, and some have not
             raise
+        is_first = not self._tiers[program.key]
         for device, answer in answers.items():
-            program.tiers[device] = answer.fields["tiers"]
+            self._tiers[program.key][device] = answer.fields["tiers"]
             for line in answer.fields["said"]:
                 self._say(f"{device}: {line}")
         self._sent = program.partition, [answer.fields["sent"] for answer in answers.values()]
-        if program.is_new:
-            program.is_new = False
-            if any(edge.codec for edge in program.partition.edges):
-                self._say(f"between the devices: {self.wire_bytes()}")
+        if is_first and any(edge.codec for edge in program.partition.edges):
+            self._say(f"between the devices: {self.wire_bytes()}")
         if self.watch_time:
             times = {device: answer.fields["times"] for device, answer in answers.items()}
             self.timeline = Timeline(program.graph, program.partition, times, self.wire_bytes())
@@ -391,14 +297,6 @@ def _refuse_other_devices(graph: Graph) -> None:
             f"a step that is to be divided over devices is traced on the CPU, but this one has tensors on "
             f"{', '.join(elsewhere)}. Leave the model and its batches on the CPU: the devices get their parts of it."
         )
-
-
-def _divided(graph: Graph, parts: int, reduction: str) -> Graph:
-    return gradients_apart(microbatch(graph, parts, reduction=reduction))
-
-
-def _key(specs: Iterable[TensorSpec]) -> Key:
-    return tuple((spec.shape, spec.dtype) for spec in specs)
 
 
 AnySession = Session | PlacedSession
