@@ -24,7 +24,7 @@ from millrace.place.problem import Problem
 from millrace.place.simulate import simulate
 from millrace.place.tables import tables
 
-QUICK = ["expert", "heft", "hints_only", "pipeline", "round_robin"]
+QUICK = ["expert", "heft", "hints_only", "interleaved", "pipeline", "round_robin"]
 SLOW = ["auto", "exact", "local_search", "policy_gradient"]
 
 
@@ -186,10 +186,22 @@ def test_expert_puts_a_table_that_fits_nowhere_else_on_the_host() -> None:
 
 
 def test_expert_leaves_slow_devices_out_unless_memory_asks_for_them() -> None:
-    rates = (2e13, 2e13, 5e12)
-    roomy, full = chain(6, 1, rates), chain(6, 1, rates, memory=[3.5e8] * 3)
+    rates = (2e13, 2e13, 1e12)
+    roomy, full = chain(6, 4, rates), chain(6, 4, rates, memory=[3.5e8] * 3)
     assert set(expert(roomy, budget_s=1.0, seed=0).device_G.tolist()) == {0, 1}
     assert set(expert(full, budget_s=1.0, seed=0).device_G.tolist()) == {0, 1, 2}
+
+
+def test_expert_shares_by_speed_where_slower_devices_help() -> None:
+    plan = expert(chain(20, 16, (2e13, 1e13)), budget_s=1.0, seed=0)
+    assert np.bincount(plan.device_G).tolist() == [13, 7]
+
+
+def test_interleaved_waits_less_than_one_range_a_device() -> None:
+    problem = chain(16, 4, bytes_per_s=1e11)
+    one, several = pipeline(problem, budget_s=1.0, seed=0), algorithm("interleaved")(problem, budget_s=1.0, seed=0)
+    assert (np.diff(several.device_G) != 0).sum() > 3  # every device more than once
+    assert simulate(problem, several).step_s < simulate(problem, one).step_s / 1.1
 
 
 def test_hints_only_puts_the_rest_on_the_fastest_device() -> None:

@@ -17,6 +17,7 @@ from millrace.errors import PlacementError
 from millrace.graph.graph import Graph
 from millrace.graph.passes.microbatch import microbatch
 from millrace.graph.passes.prune import prune
+from millrace.graph.passes.sparse_rows import sparse_rows
 from millrace.graph.training import training_graph
 from millrace.partition.cut import cut
 from millrace.partition.narrow import narrow
@@ -24,7 +25,7 @@ from millrace.partition.placed import pieces_of
 from millrace.place.cluster import Cluster, Device, Link
 from millrace.place.grouping import group
 from millrace.place.hints import Hints
-from millrace.place.placement import Placement, place
+from millrace.place.placement import Placement, follow, place
 from millrace.place.wire import Wire
 
 RATES = {"product": 1e9, "convolution": 1e9, "attention": 1e9, "memory": 1e9}
@@ -204,3 +205,51 @@ def test_narrowed_tensors_are_expected_to_take_their_share_of_the_bytes(wire: st
     assert narrowed.problem.bytes_K.tolist() == plain.problem.bytes_K.tolist()  # in memory they are whole again
     partition = narrow(cut(graph, pieces_of(narrowed)), graph, Wire.of(wire))
     assert partition.crossing_bytes() == after
+
+
+def test_rows_of_a_table_are_looked_up_and_changed_where_they_lie() -> None:
+    model = nn.Sequential(nn.Embedding(1_000_000, 64), nn.Linear(64, 4))
+    loss = lambda m, b: F.cross_entropy(m[1](m[0](b[0])), b[1])  # noqa: E731
+    batch = (torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.int64))
+    graph = training_graph(model, loss, torch.optim.SGD(model.parameters(), lr=0.1), batch)
+    graph = sparse_rows(prune(graph, ["loss"], graph.updates))
+    expected = placed(graph, cluster(1)).expected
+    table_bytes = 1_000_000 * 64 * 4
+    assert expected.step_s < 0.1 * table_bytes / RATES["memory"]
+    assert table_bytes < expected.peak_bytes_D[0] < 1.1 * table_bytes
+
+
+def test_tensors_that_stay_together_count_as_one() -> None:
+    problem = placed(towers(), cluster()).problem
+    seen = set()
+    for tensor, producer in enumerate(problem.producer_K.tolist()):
+        readers = problem.uses_C[problem.first_use_K1[tensor] : problem.first_use_K1[tensor + 1]]
+        if (problem.group_T[readers] == problem.group_T[producer]).all():
+            assert (producer, *readers.tolist()) not in seen
+            seen.add((producer, *readers.tolist()))
+    assert seen
+
+
+def test_states_live_in_slow_memory_where_fast_memory_lacks() -> None:
+    """A GPU computes with weights that the host holds and updates: everything on it would need 100 MB, not 60."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(6)))
+    batch = torch.randn(64, 1024), torch.randint(0, 1024, (64,))
+    adam = torch.optim.Adam(model.parameters(), lr=0.01)
+    graph = training_graph(model, lambda m, b: F.cross_entropy(m(b[0]), b[1]), adam, batch)
+    graph = microbatch(prune(graph, ["loss"], graph.updates), 2)
+    gpu, cpu = Device("/host:0/gpu:0", "cuda", 60_000_000, GPU, 1e-6), Device("/host:0/cpu:0", "cpu", 1 << 34, RATES)
+    some = Cluster((gpu, cpu), (Link("*", "*", 1e-5, 1e10),))
+    found = placed(graph, some, budget_s=1.0)
+    assert found.states_apart
+    assert found.expected.fits
+    assert found.expected.step_s < 0.5 * placed(graph, some, search="local_search", budget_s=1.0).expected.step_s
+    assert "/host:0/cpu:0" in found.homes.values()
+    partition = cut(graph, pieces_of(found), found.homes)
+    invariants(graph, partition)
+    same(graph, partition)
+    alike = follow(found, prune(graph, [], graph.updates))
+    assert alike.states_apart
+    assert alike.homes == found.homes
+    roomy = placed(graph, cluster(1, 1))
+    assert not roomy.states_apart

@@ -10,11 +10,11 @@ import numpy as np
 from millrace.place.compiled import compiled
 from millrace.place.walk import peak_bytes, walk
 
-_MOST = 8  # groups that one change moves
+MOST_MOVED = 8  # groups that one change moves
 
 
 @compiled
-def _draw_groups(  # type: ignore[no-untyped-def]
+def draw_groups(  # type: ignore[no-untyped-def]
     kind,
     where,
     which,
@@ -46,7 +46,7 @@ def _draw_groups(  # type: ignore[no-untyped-def]
             moved[0], target[0], count = g, device_G[near[first_near_G1[g] + int(which * choices)]], 1
     else:
         first = place_G[g]
-        run = min(1 + int(length * _MOST), len(device_G) - first)
+        run = min(1 + int(length * MOST_MOVED), len(device_G) - first)
         edge = first - 1 if which < 0.2 else first + run if which < 0.4 else -1
         device = -1 if which < 0.4 else int((which - 0.4) / 0.6 * allowed_GD.shape[1])
         if edge >= 0 and edge < len(device_G):
@@ -93,7 +93,7 @@ def _draw_place(  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _put(  # type: ignore[no-untyped-def]
+def put_groups(  # type: ignore[no-untyped-def]
     moved, target, device_G, device_T, load_D, resident_D, first_task_G1, tasks_T, seconds_GD, resident_bytes_G
 ):
     """Move groups; `target` then says where they were."""
@@ -184,8 +184,8 @@ def anneal(  # type: ignore[no-untyped-def]
     sent = np.zeros((len(producer_K) * max(devices - 1, 1), 4))
     counts = np.zeros(1, dtype=np.int64)
     placed = (device_G, device_T, load_D, resident_D, first_task_G1, tasks_T, seconds_GD, resident_bytes_G)
-    moved = np.zeros(_MOST, dtype=np.int64)
-    target = np.zeros(_MOST, dtype=np.int64)
+    moved = np.zeros(MOST_MOVED, dtype=np.int64)
+    target = np.zeros(MOST_MOVED, dtype=np.int64)
     now = np.inf
     best_s, best_over = np.inf, np.inf
     trials = len(draws_N5)
@@ -203,10 +203,10 @@ def anneal(  # type: ignore[no-untyped-def]
             else:
                 kind = (kind - order_share) / (1 - order_share)
                 choices = (movable, first_allowed_G1, allowed, allowed_GD, first_near_G1, near, row_G, place_G)
-                count = _draw_groups(kind, where, which, length, device_G, moved, target, *choices)
+                count = draw_groups(kind, where, which, length, device_G, moved, target, *choices)
             if count == 0 and begin == end:
                 continue
-        _put(moved[:count], target, *placed)
+        put_groups(moved[:count], target, *placed)
         _shift(begin, end, order_P, position_T)
         ready_T[:], hold_P[:], free_P[:], state[:], counts[0] = 0.0, 0.0, 0.0, 0.0, 0
         arrays = (ready_T, end_P, hold_P, free_P, state, sent, counts)
@@ -230,5 +230,5 @@ def anneal(  # type: ignore[no-untyped-def]
                 best_order_P[:] = order_P
         else:
             _shift(end, begin, order_P, position_T)
-            _put(moved[:count], target, *placed)
+            put_groups(moved[:count], target, *placed)
     return best_s, best_over

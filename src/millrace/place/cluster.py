@@ -64,7 +64,7 @@ class Device:
 
     def among_others(self) -> Device:
         """The same device while all others of its host work."""
-        return replace(self, rates={**self.rates, **self.busy_rates}, busy_rates={})
+        return replace(self, rates={**self.rates, **self.busy_rates}, busy_rates={}) if self.busy_rates else self
 
 
 def host_of(device: str) -> str:

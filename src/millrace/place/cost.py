@@ -1,9 +1,9 @@
 """How long nodes take on a device: their work, from shapes, over the rates that were measured there.
 
 A node that multiplies takes its operations over the device's rate for them, or the time that its bytes take, whichever
-is longer; all others take the time of the bytes that they read and write. Each also costs a start. A compiler fuses
-elementwise operators: then only what goes in and out of a group of them that depend on each other counts, and one
-start.
+is longer; all others take the time of the bytes that they read and write (of a table, the rows looked up). Each also
+costs a start. A compiler fuses elementwise operators: then only what goes in and out of a group of them that depend on
+each other counts, and one start.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from millrace.graph.flops import node_flops
+from millrace.graph.graph import info
+from millrace.graph.signature import Phase
 from millrace.place.cluster import ATTENTION, CONVOLUTION, MEMORY, PRODUCT, SPECIAL, Device
 
 aten = torch.ops.aten
@@ -92,10 +94,24 @@ def _work(nodes: Sequence[Node]) -> Work:
     read = {source: None for node in nodes for source in _real_inputs(node) if source not in own}
     written = [node for node in nodes if len(nodes) == 1 or any(user not in own for user in _real_users(node))]
     values = [node.meta.get("val") for node in (*read, *written)]
+    if len(nodes) == 1 and _touches_rows(nodes[0]):
+        table, result = nodes[0].args[0], nodes[0].meta.get("val")
+        rows = result if nodes[0].target in _LOOKUPS else nodes[0].args[2].meta.get("val")  # type: ignore[union-attr]
+        values = [rows, rows, *(source.meta.get("val") for source in nodes[0].all_input_nodes if source is not table)]
     flops, kind = max((_flops(node), _class(node)) for node in nodes)
     if not flops:
         kind = SPECIAL if any(_is_special(node) for node in nodes) else MEMORY
     return Work(kind, flops, tensor_bytes(values), _precision(nodes[-1]))
+
+
+def _touches_rows(node: Node) -> bool:
+    """Whether only some rows of a table are read, or changed where it lies: a variable that is updated."""
+    changed = node.target in _ROW_CHANGES and info(node).phase is Phase.UPDATE
+    return node.target in _LOOKUPS or (changed and node.all_input_nodes[0].op == "placeholder")
+
+
+_LOOKUPS = (aten.embedding.default, aten.index_select.default, aten.gather.default, aten.index.Tensor)
+_ROW_CHANGES = (aten.index_put.default,)
 
 
 def _is_special(node: Node) -> bool:

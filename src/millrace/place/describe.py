@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from torch.fx import Node
@@ -38,7 +38,7 @@ def describe(
     decode it is not counted. fused: see `cost.works_of`. profile: what was measured.
     """
     groups, devices = len(grouping.groups), cluster.devices
-    inputs = graph.placeholders()
+    inputs, by_name = graph.placeholders(), {node.name: node for node in graph.fx.nodes}
     home = {inputs[name]: index for name, index in grouping.variables.items()}
     reads = [reads_of(task.nodes) for task in grouping.tasks]
     given = _given(home, grouping.tasks, reads)
@@ -51,14 +51,18 @@ def describe(
         for node in needed:
             if node in made_by:
                 users.setdefault(node, []).append(index)
-    tensors = list(users)
+    tensors = _together(users, made_by, tasks)
+    # New values are written where the old ones lie.
+    in_memory = {*users, *map(by_name.__getitem__, graph.updates.values())}
     codecs = wire.codecs(graph)
     works_T = [works_of(task.nodes, fused=fused) if index >= first else [] for index, task in enumerate(tasks)]
     hosts = list(dict.fromkeys(device.host for device in devices))
     known = profile or Profile()
     shared_D = [sum(other.host == device.host for other in devices) > 1 for device in devices]
     seconds_TD = _seconds(works_T, tasks, devices, shared_D, allowed_GD, known)
-    alone_s_TD = _seconds(works_T, tasks, devices, [False] * len(devices), allowed_GD, known)
+    alone_s_TD = seconds_TD
+    if profile is not None or any(device.busy_rates for device in devices):
+        alone_s_TD = _seconds(works_T, tasks, devices, [False] * len(devices), allowed_GD, known)
     flops_G, resident_G = np.zeros(groups), np.zeros(groups)
     for task, works in zip(tasks, works_T, strict=True):
         flops_G[task.group] += sum(work.flops for work in works)
@@ -75,13 +79,13 @@ def describe(
         group_T=np.array([task.group for task in tasks], dtype=np.int64),
         microbatch_T=np.array([task.microbatch for task in tasks], dtype=np.int64),
         backward_T=np.array([task.phase is not Phase.FORWARD for task in tasks]),
-        scratch_bytes_T=np.array([_scratch(task.nodes, users) if i >= first else 0.0 for i, task in enumerate(tasks)]),
+        scratch_bytes_T=np.array([0.0] * first + [_scratch(task.nodes, in_memory) for task in tasks[first:]]),
         seconds_TD=seconds_TD,
-        producer_K=np.array([made_by[node] for node in tensors], dtype=np.int64),
-        bytes_K=np.array([tensor_bytes(node.meta.get("val")) for node in tensors]),
-        wire_bytes_K=np.array([_wire_bytes(node, codecs.get(node.name)) for node in tensors]),
-        first_use_K1=np.cumsum([0, *(len(users[node]) for node in tensors)], dtype=np.int64),
-        uses_C=np.array([index for node in tensors for index in users[node]], dtype=np.int64),
+        producer_K=np.array([made_by[nodes[0]] for nodes in tensors], dtype=np.int64),
+        bytes_K=np.array([sum(tensor_bytes(node.meta.get("val")) for node in nodes) for nodes in tensors], dtype=float),
+        wire_bytes_K=np.array([sum(_wire_bytes(node, codecs.get(node.name)) for node in nodes) for nodes in tensors]),
+        first_use_K1=np.cumsum([0, *(len(users[nodes[0]]) for nodes in tensors)], dtype=np.int64),
+        uses_C=np.array([index for nodes in tensors for index in users[nodes[0]]], dtype=np.int64),
         device_names_D=tuple(device.name for device in devices),
         memory_bytes_D=np.array([_USABLE * device.memory_bytes for device in devices]),
         latency_s_DD=latency_DD,
@@ -107,6 +111,21 @@ def _seconds(
             if allowed_GD[task.group, d]:
                 seconds_TD[index, d] = sum(profile.seconds(w, device, among_others=among_others_D[d]) for w in works)
     return seconds_TD
+
+
+def _together(
+    users: Mapping[Node, list[int]], made_by: Mapping[Node, int], tasks: Sequence[Task]
+) -> list[tuple[Node, ...]]:
+    """The tensors: those that one task makes and the same tasks of its own group read count as one.
+
+    They never travel, and take memory for the same time, so a step takes as long, and is simulated sooner.
+    """
+    found: dict[object, list[Node]] = {}
+    for node, readers in users.items():
+        group = tasks[made_by[node]].group
+        stays = all(tasks[index].group == group for index in readers)
+        found.setdefault((made_by[node], *readers) if stays else node, []).append(node)
+    return [tuple(nodes) for nodes in found.values()]
 
 
 def _given(
@@ -137,8 +156,8 @@ def _pipeline(grouping: Grouping) -> np.ndarray:
     return position
 
 
-def _scratch(nodes: Sequence[Node], shared: Mapping[Node, object]) -> float:
-    """The most memory that values take which the task makes for itself alone, bytes."""
+def _scratch(nodes: Sequence[Node], shared: Collection[Node]) -> float:
+    """The most memory that values take which the task makes for itself alone, bytes. shared: counted elsewhere."""
     own = {node: tensor_bytes(node.meta.get("val")) for node in nodes if node not in shared and not is_free(node)}
     last: dict[Node, int] = {}
     for index, node in enumerate(nodes):

@@ -11,6 +11,8 @@ from millrace.errors import PlacementError
 from millrace.place.problem import Floats, Ints, Problem
 from millrace.place.tables import tables
 
+ALIKE = 1.05  # devices of one kind, when measured, differ by less
+
 
 def device_classes(problem: Problem) -> Ints:
     """A number for each device, the same for devices that a plan may exchange without any difference: [D]."""

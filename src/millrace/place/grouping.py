@@ -106,9 +106,9 @@ def _nearest(like: Grouping, key: Key) -> str:
 
 def _homes(graph: Graph, group_of: Mapping[Node, int]) -> dict[str, int]:
     """The group of every variable that is read or updated."""
-    homes = {}
+    homes, by_name = {}, {node.name: node for node in graph.fx.nodes}
     for variable, node in zip(graph.variables, graph.fx.nodes, strict=False):
-        new = graph.node(graph.updates[variable.name]) if variable.name in graph.updates else node
+        new = by_name[graph.updates[variable.name]] if variable.name in graph.updates else node
         makers = [n for n in (new, *node.users) if n in group_of]
         if makers:
             homes[variable.name] = group_of[makers[0]]

@@ -11,7 +11,27 @@ from millrace.place.compiled import compiled
 
 
 @compiled
+def _next_task(  # type: ignore[no-untyped-def]
+    relaxed, device, available_DT, count_D, free_s, ready_T, rank_T, forward_T, microbatch_T, open_DM, opened_D, limit
+):
+    """The task that a device would begin next: where it stands among those available (-1: none), and its start."""
+    full = not relaxed and opened_D[device] >= limit
+    start, best, index = np.inf, -1, -1
+    for i in range(count_D[device]):
+        task = available_DT[device, i]
+        if full and forward_T[task] and not open_DM[device, microbatch_T[task]]:
+            continue
+        possible = max(free_s, ready_T[task])
+        if best < 0 or possible < start or (possible == start and rank_T[task] < rank_T[best]):
+            start, best, index = possible, task, i
+    return index, start
+
+
+@compiled
 def list_schedule(  # type: ignore[no-untyped-def]
+    limit_s,  # give up once the step is known to take longer
+    tail_s_T,  # the least time from the end of a task to the end of the step
+    load_s_D,  # what the tasks of each device take together
     rank_T,  # the task with the lower number goes first
     forward_T,
     microbatch_T,  # 0, 1, 2, …
@@ -33,7 +53,8 @@ def list_schedule(  # type: ignore[no-untyped-def]
     At every turn the device that can begin earliest begins: nothing that happens later can make an earlier beginning.
     A device at its limit of open microbatches begins no forward task of another one, unless no device can go on.
 
-    Returns: the tasks in the order in which they begin, and when each of these ends.
+    Returns: the tasks in the order in which they begin, and when each of these ends; the last of these infinite when
+    the step is certain to exceed `limit_s`.
     """
     tasks, devices = seconds_TD.shape
     microbatches = microbatch_T.max() + 1
@@ -47,6 +68,11 @@ def list_schedule(  # type: ignore[no-untyped-def]
     open_DM = np.zeros((devices, microbatches), dtype=np.bool_)
     left_DM = np.zeros((devices, microbatches), dtype=np.int64)
     opened_D = np.zeros(devices, dtype=np.int64)
+    to_do_D = load_s_D.copy()
+    # What a device would begin next changes only when it has begun something, or something of its has become available.
+    changed_D = np.ones(devices, dtype=np.bool_)
+    index_D = np.full(devices, -1, dtype=np.int64)
+    start_D = np.full(devices, np.inf)
     for task in range(tasks):
         left_DM[device_T[task], microbatch_T[task]] += 1
         if waiting_T[task] == 0:
@@ -55,33 +81,39 @@ def list_schedule(  # type: ignore[no-untyped-def]
             count_D[device] += 1
     order = np.empty(tasks, dtype=np.int64)
     end_N = np.empty(tasks)
+    states = (ready_T, rank_T, forward_T, microbatch_T, open_DM, opened_D)
     for number in range(tasks):
-        chosen, chosen_device, chosen_index, chosen_start = -1, -1, -1, np.inf
-        for relaxed in range(2):
-            for device in range(devices):
-                full = relaxed == 0 and opened_D[device] >= open_limit_D[device]
-                start, best, index = np.inf, -1, -1
-                for i in range(count_D[device]):
-                    task = available_DT[device, i]
-                    if full and forward_T[task] and not open_DM[device, microbatch_T[task]]:
-                        continue
-                    possible = max(free_D[device], ready_T[task])
-                    if best < 0 or possible < start or (possible == start and rank_T[task] < rank_T[best]):
-                        start, best, index = possible, task, i
-                if best >= 0 and (chosen < 0 or start < chosen_start):
-                    chosen, chosen_device, chosen_index, chosen_start = best, device, index, start
-            if chosen >= 0:
-                break
-        task, device, microbatch = chosen, chosen_device, microbatch_T[chosen]
+        device = -1
+        for d in range(devices):
+            if changed_D[d]:
+                index_D[d], start_D[d] = _next_task(
+                    False, d, available_DT, count_D, free_D[d], *states, open_limit_D[d]
+                )
+                changed_D[d] = False
+            if index_D[d] >= 0 and (device < 0 or start_D[d] < start_D[device]):
+                device = d
+        if device < 0:  # all wait for a microbatch that their limits hold back
+            for d in range(devices):
+                index_D[d], start_D[d] = _next_task(True, d, available_DT, count_D, free_D[d], *states, open_limit_D[d])
+                changed_D[d] = True
+                if index_D[d] >= 0 and (device < 0 or start_D[d] < start_D[device]):
+                    device = d
+        task = available_DT[device, index_D[device]]
+        microbatch = microbatch_T[task]
+        end_s = start_D[device] + seconds_TD[task, device]
+        to_do_D[device] -= seconds_TD[task, device]
+        if end_s + max(tail_s_T[task], to_do_D[device]) > limit_s:
+            end_N[-1] = np.inf
+            return order, end_N
+        changed_D[device] = True
         count_D[device] -= 1
-        available_DT[device, chosen_index] = available_DT[device, count_D[device]]
+        available_DT[device, index_D[device]] = available_DT[device, count_D[device]]
         if forward_T[task] and not open_DM[device, microbatch]:
             open_DM[device, microbatch] = True
             opened_D[device] += 1
         left_DM[device, microbatch] -= 1
         if left_DM[device, microbatch] == 0 and open_DM[device, microbatch]:
             opened_D[device] -= 1
-        end_s = chosen_start + seconds_TD[task, device]
         free_D[device] = end_s
         order[number] = task
         end_N[number] = end_s
@@ -102,4 +134,18 @@ def list_schedule(  # type: ignore[no-untyped-def]
                 if waiting_T[reader] == 0:
                     available_DT[target, count_D[target]] = reader
                     count_D[target] += 1
+                    changed_D[target] = True
     return order, end_N
+
+
+@compiled
+def longest_way(own_s_T, wire_s_C, first_made_T1, made_K, first_use_K1, uses_C):  # type: ignore[no-untyped-def]
+    """The longest way from the start of each task to the end, given what tasks and uses of tensors take: [T]."""
+    rank_T = own_s_T.copy()
+    for task in range(len(own_s_T) - 1, -1, -1):
+        on_s = 0.0
+        for made in range(first_made_T1[task], first_made_T1[task + 1]):
+            for use in range(first_use_K1[made_K[made]], first_use_K1[made_K[made] + 1]):
+                on_s = max(on_s, wire_s_C[use] + rank_T[uses_C[use]])
+        rank_T[task] += on_s
+    return rank_T

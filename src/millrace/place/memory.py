@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from millrace.errors import PlacementError
+from millrace.place.devices import ALIKE, total_seconds
 from millrace.place.problem import Floats, Problem
 from millrace.place.tables import tables
 
@@ -20,6 +21,14 @@ def estimated_bytes(problem: Problem, members_GD: NDArray[np.bool_], open_microb
     fixed_D = (problem.resident_bytes_G + opened * made.held_bytes_G) @ members_GD
     working_D = np.where(members_GD, made.working_bytes_G[:, None], 0.0).max(axis=0, initial=0.0)
     return np.asarray(fixed_D + working_D)
+
+
+def lacks_fast_memory(problem: Problem) -> bool:
+    """Whether the fastest devices cannot hold the variables and one microbatch, and there are others."""
+    slowness_D = total_seconds(problem)
+    fast_D = slowness_D <= ALIKE * slowness_D.min(initial=np.inf)
+    needs_bytes = float((problem.resident_bytes_G + tables(problem).held_bytes_G).sum())
+    return bool(not fast_D.all() and needs_bytes > problem.memory_bytes_D[fast_D].sum())
 
 
 def does_not_fit(problem: Problem, peak_bytes_D: Floats, algorithm: str) -> PlacementError:

@@ -8,6 +8,7 @@ import numpy as np
 
 from millrace.place.evaluate import Evaluator, Score
 from millrace.place.list_schedule import list_schedule
+from millrace.place.list_schedule import longest_way as _longest_way
 from millrace.place.problem import Floats, Ints, Problem
 from millrace.place.tables import AFTER, FORWARD, tables
 
@@ -28,17 +29,9 @@ def upward_rank(problem: Problem, device_G: Ints) -> Floats:
 
 def longest_way(problem: Problem, own_s_T: Floats, wire_s_C: Floats) -> Floats:
     """The longest way from the start of each task to the end, given what tasks and uses of tensors take: [T]."""
-    rank_T = own_s_T.tolist()
-    own_T, made = own_s_T.tolist(), tables(problem)
-    first_made, made_K = made.first_made_T1.tolist(), made.made_K.tolist()
-    first_use, uses, wire_s = problem.first_use_K1.tolist(), problem.uses_C.tolist(), wire_s_C.tolist()
-    for task in range(problem.tasks - 1, -1, -1):
-        on = 0.0
-        for tensor in made_K[first_made[task] : first_made[task + 1]]:
-            for use in range(first_use[tensor], first_use[tensor + 1]):
-                on = max(on, wire_s[use] + rank_T[uses[use]])
-        rank_T[task] = own_T[task] + on
-    return np.array(rank_T)
+    made = tables(problem)
+    arrays = (made.first_made_T1, made.made_K, problem.first_use_K1, problem.uses_C)
+    return np.asarray(_longest_way(own_s_T.astype(np.float64), wire_s_C.astype(np.float64), *arrays))
 
 
 def list_order(problem: Problem, device_G: Ints) -> Ints:
@@ -118,20 +111,44 @@ def ranked_order(problem: Problem, device_G: Ints, rank_s_T: Floats) -> Ints:
     return _schedule(problem, device_G, (-rank_s_T, -tables(problem).phase_T, problem.microbatch_T))
 
 
+def priorities(problem: Problem, device_G: Ints) -> list[tuple[Ints, int]]:
+    """Which task goes first in the orders of this file, and how many extra microbatches may be open (-1 for any).
+
+    For a search that schedules many placements like this one.
+    """
+    rank_s_T, phase_T = pipelined_rank(problem, device_G), tables(problem).phase_T
+    found = [(_rank((-rank_s_T, -phase_T, problem.microbatch_T)), -1)]
+    if tables(problem).microbatches > 1:
+        backward_T = _rank((phase_T == FORWARD, problem.microbatch_T, -upward_rank(problem, device_G)))
+        found += [(backward_T, extra) for extra in (0, 1, -1)]
+    return found
+
+
+def open_microbatches(problem: Problem) -> Ints:
+    """The microbatch that a task begins or ends, one more for a task after the backward pass, which ends none: [T]."""
+    microbatch_T = np.unique(problem.microbatch_T, return_inverse=True)[1].astype(np.int64)
+    return np.where(tables(problem).phase_T == AFTER, microbatch_T.max(initial=0) + 1, microbatch_T)
+
+
+def _rank(keys: tuple[Floats | Ints, ...]) -> Ints:
+    """The place of each task when they are sorted by rising keys, the first one counting most."""
+    rank_T = np.empty(len(keys[0]), dtype=np.int64)
+    rank_T[np.lexsort(keys[::-1])] = np.arange(len(rank_T))
+    return rank_T
+
+
 def _schedule(problem: Problem, device_G: Ints, keys: tuple[Floats | Ints, ...], limit_D: Ints | None = None) -> Ints:
     """List scheduling by rising keys, the first one counting most."""
-    rank_T = np.empty(problem.tasks, dtype=np.int64)
-    rank_T[np.lexsort(keys[::-1])] = np.arange(problem.tasks)
     made = tables(problem)
     if limit_D is None:
         limit_D = np.full(problem.devices, np.iinfo(np.int64).max)
-    microbatch_T = np.unique(problem.microbatch_T, return_inverse=True)[1].astype(np.int64)
-    # A task after the backward pass belongs to no microbatch that a device could end.
-    open_T = np.where(made.phase_T == AFTER, microbatch_T.max(initial=0) + 1, microbatch_T)
     order_T, end_s_T = list_schedule(
-        rank_T,
+        np.inf,
+        np.zeros(problem.tasks),
+        np.zeros(problem.devices),
+        _rank(keys),
         made.phase_T == FORWARD,
-        open_T,
+        open_microbatches(problem),
         limit_D,
         device_G[problem.group_T],
         problem.seconds_TD,

@@ -6,19 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from torch.fx import Node
 
 from millrace.errors import PlacementError
 from millrace.graph.graph import Graph
-from millrace.place.algorithms.registry import algorithm
 from millrace.place.cluster import Cluster
 from millrace.place.contention import expect
-from millrace.place.cost import tensor_bytes, works_of
 from millrace.place.demands import Demands, allowed_devices
 from millrace.place.describe import describe
-from millrace.place.grouping import Grouping, Task, group
+from millrace.place.grouping import Grouping, Task
 from millrace.place.hints import Hints, refuse_idle
+from millrace.place.memory import lacks_fast_memory
 from millrace.place.order import best_order
+from millrace.place.prepare import best_plan, group_like, prepare
 from millrace.place.problem import Plan, Problem
 from millrace.place.profile import Profile
 from millrace.place.simulate import Simulated
@@ -32,6 +31,7 @@ class Placement:
     """A plan for a graph on a cluster.
 
     tasks: those of `problem`, in its order: the graph's own, and before them the reading of variables for others.
+    states_apart: whether variables and their updates are groups of their own, see `prepare.py`.
     """
 
     cluster: Cluster
@@ -43,6 +43,7 @@ class Placement:
     plan: Plan
     expected: Simulated
     profile: Profile | None = None
+    states_apart: bool = False
 
     @property
     def device_of_group(self) -> dict[str, str]:
@@ -103,13 +104,16 @@ def place(
     refuse_idle(graph, wishes)
     narrowed.check(graph)
     demands = Demands(graph, wishes)
-    grouping = group(graph, _weight, demands.label, limit=limit)
-    allowed = allowed_devices(grouping, cluster, demands)
-    problem = describe(graph, grouping, cluster, allowed, narrowed, fused=fused, profile=profile)
+    ways = [prepare(graph, cluster, demands, narrowed, fused=fused, limit=limit, profile=profile)]
+    if search == "auto" and lacks_fast_memory(ways[0].problem):
+        more = prepare(graph, cluster, demands, narrowed, fused=fused, limit=limit, profile=profile, states_apart=True)
+        ways.append(more)
     if budget_s is None:
-        budget_s = min(_LONGEST_SEARCH_S, _SEARCH_S_PER_GROUP * problem.groups)
-    plan = algorithm(search)(problem, budget_s=budget_s, seed=seed)
-    return Placement(cluster, wishes, narrowed, demands, grouping, problem, plan, expect(problem, plan), profile)
+        budget_s = min(_LONGEST_SEARCH_S, _SEARCH_S_PER_GROUP * ways[0].problem.groups)
+    way, plan = best_plan(ways, search, budget_s=budget_s, seed=seed)
+    expected = expect(way.problem, plan)
+    chosen = (way.grouping, way.problem, plan, expected)
+    return Placement(cluster, wishes, narrowed, demands, *chosen, profile, way.states_apart)
 
 
 def follow(placement: Placement, graph: Graph, *, fused: bool = True) -> Placement:
@@ -119,7 +123,8 @@ def follow(placement: Placement, graph: Graph, *, fused: bool = True) -> Placeme
     """
     cluster, hints, wire, profile = placement.cluster, placement.hints, placement.wire, placement.profile
     demands = Demands(graph, hints, placement.demands)
-    grouping = group(graph, _weight, demands.label, like=placement.grouping)
+    apart = placement.states_apart
+    grouping = group_like(graph, demands, placement.grouping, states_apart=apart)
     allowed = allowed_devices(grouping, cluster, demands)
     new = len(grouping.groups) - len(placement.grouping.groups)
     device_G = np.concatenate([placement.plan.device_G, np.zeros(new, dtype=np.int64)])
@@ -127,11 +132,4 @@ def follow(placement: Placement, graph: Graph, *, fused: bool = True) -> Placeme
     device_G[lost_G] = allowed[lost_G].argmax(axis=1)
     problem = describe(graph, grouping, cluster, allowed, wire, fused=fused, profile=profile)
     plan = Plan(device_G, best_order(problem, device_G), placement.plan.algorithm, "as planned before")
-    return Placement(cluster, hints, wire, demands, grouping, problem, plan, expect(problem, plan), profile)
-
-
-def _weight(node: Node) -> float:
-    """Operations, and bytes as what could be computed meanwhile."""
-    return sum(work.flops + 10.0 * work.moved_bytes for work in works_of([node], fused=False)) + tensor_bytes(
-        node.meta.get("val")
-    )
+    return Placement(cluster, hints, wire, demands, grouping, problem, plan, expect(problem, plan), profile, apart)

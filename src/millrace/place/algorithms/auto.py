@@ -10,6 +10,7 @@ from millrace.place.algorithms.expert import expert
 from millrace.place.algorithms.finish import checked, step_seconds
 from millrace.place.algorithms.heft import heft
 from millrace.place.algorithms.hints_only import hints_only
+from millrace.place.algorithms.interleaved import interleaved
 from millrace.place.algorithms.local_search import improve
 from millrace.place.algorithms.pipeline import pipeline
 from millrace.place.algorithms.round_robin import round_robin
@@ -21,6 +22,7 @@ _QUICK: tuple[tuple[str, Algorithm], ...] = (
     ("expert", expert),
     ("hints_only", hints_only),
     ("pipeline", pipeline),
+    ("interleaved", interleaved),
     ("heft", heft),
     ("round_robin", round_robin),
 )
@@ -37,7 +39,7 @@ def auto(problem: Problem, *, budget_s: float, seed: int) -> Plan:
     refusals: list[str] = []
     for name, algorithm in _QUICK:
         try:
-            plans.append(algorithm(problem, budget_s=budget_s / 8, seed=seed))
+            plans.append(algorithm(problem, budget_s=budget_s / 10, seed=seed))
         except PlacementError:
             refusals.append(f"{name}: none that fits")
     times_s = [step_seconds(problem, plan) for plan in plans]

@@ -18,6 +18,7 @@ from millrace.place.algorithms.expert import expert
 from millrace.place.algorithms.finish import checked
 from millrace.place.algorithms.heft import heft
 from millrace.place.algorithms.hints_only import hints_only
+from millrace.place.algorithms.interleaved import interleaved
 from millrace.place.algorithms.local_search import Found, improve
 from millrace.place.algorithms.pipeline import pipeline
 from millrace.place.evaluate import Evaluator
@@ -80,7 +81,7 @@ def exact(problem: Problem, *, budget_s: float, seed: int) -> Plan:
 
 def _first(problem: Problem, budget_s: float, seed: int) -> Found:
     starts = []
-    for algorithm in (expert, heft, pipeline, hints_only):
+    for algorithm in (expert, heft, pipeline, interleaved, hints_only):
         try:
             starts.append(algorithm(problem, budget_s=budget_s, seed=seed))
         except PlacementError:

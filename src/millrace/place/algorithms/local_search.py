@@ -16,22 +16,28 @@ from millrace.place.algorithms.expert import expert
 from millrace.place.algorithms.finish import checked
 from millrace.place.algorithms.heft import heft
 from millrace.place.algorithms.hints_only import hints_only
+from millrace.place.algorithms.interleaved import interleaved
 from millrace.place.algorithms.pipeline import pipeline
 from millrace.place.anneal import anneal
+from millrace.place.anneal_placements import anneal_placements
 from millrace.place.devices import pinned_devices, pipeline_order
 from millrace.place.evaluate import Evaluator, Score, least_seconds_after
-from millrace.place.order import best_scored, pipelined_rank, ranked_order
+from millrace.place.order import best_scored, open_microbatches, pipelined_rank, priorities, ranked_order
 from millrace.place.problem import Ints, Plan, Problem
-from millrace.place.tables import tables
+from millrace.place.tables import FORWARD, tables
 
 _HOT = (0.003, 0.03, 0.1, 0.3)  # temperatures at the beginning of rounds, as parts of the time of the step
 _COLD = 0.0003
 _TRIALS_PER_GROUP = 1000  # in a round, of at least so many trials, and at most so many tasks walked
-_LEAST_TRIALS, _MOST_TASKS = 20_000, 30_000_000
+_LEAST_TRIALS, _MOST_TASKS = 20_000, 3_000_000
+_PLACEMENTS = 1000  # trials that schedule all tasks anew, in a round
+_WARM = (0.03, 0.01, 0.003, 0.1)  # their temperatures at the beginning of rounds
 _CHUNK = 300  # trials between looks at the clock, for a problem of a thousand tasks
-_ROUNDS = 200
+_ROUNDS = 800
 _NEAR = 1.3  # a start is good when it takes at most so many times what the best takes
-_PATIENCE = 20  # rounds without gain
+_TURN = 8  # rounds of which the last changes the order, too
+_CLOSE = 1.01  # other orders are tried for what takes at most so many times what the best takes
+_PATIENCE = 80  # rounds without gain
 _ORDER_SHARE = 0.3
 _NOISE = (0.02, 0.1, 0.3)
 _OVER = 1000.0  # the price of all memory once more, in steps
@@ -49,13 +55,13 @@ class Found:
 
 
 def local_search(problem: Problem, *, budget_s: float, seed: int) -> Plan:
-    """Anneal from what expert, heft, pipeline and hints_only find, or from a random placement where none fits.
+    """Anneal from what the quick algorithms find, or from a random placement where nothing fits.
 
     Raises: PlacementError when nothing that fits is found.
     """
     begun = time.monotonic()
     starts = []
-    for algorithm in (expert, heft, pipeline, hints_only):
+    for algorithm in (expert, heft, pipeline, interleaved, hints_only):
         try:
             starts.append(algorithm(problem, budget_s=budget_s / 8, seed=seed))
         except PlacementError:
@@ -75,6 +81,7 @@ def improve(problem: Problem, starts: Sequence[Plan], budget_s: float, seed: int
     search = _Search(problem, random)
     begun = [_reordered(problem, plan) for plan in starts] or [_random_start(problem, random)]
     search.anneal(begun[0], 1, 1.0, np.inf)  # compiled before the clock starts
+    search.replace(begun[0], 1, 1.0, 0, np.inf)
     deadline = time.monotonic() + budget_s
     for found in begun:
         search.keep(found)
@@ -82,9 +89,13 @@ def improve(problem: Problem, starts: Sequence[Plan], budget_s: float, seed: int
     idle = rounds = 0
     while search.movable and rounds < _ROUNDS and idle < _PATIENCE and time.monotonic() < deadline:
         kept = search.best
-        start = begun[rounds] if rounds < len(begun) else kept
-        ended = search.anneal(start, search.trials_a_round, _HOT[idle % len(_HOT)], deadline)
-        search.reorder(ended)
+        if rounds % _TURN < _TURN - 1:
+            start = begun[rounds] if rounds < len(begun) else kept
+            ended = search.replace(start, _PLACEMENTS, _WARM[rounds % len(_WARM)], rounds, deadline)
+        else:
+            ended = search.anneal(kept, search.trials_a_round, _HOT[idle // _TURN % len(_HOT)], deadline)
+        if ended.score.step_s <= _CLOSE * search.best.score.step_s:
+            search.reorder(ended)
         rounds += 1
         idle = 0 if _better(search.best.score, kept.score, 1e-4) else idle + 1
     best = search.best
@@ -128,6 +139,41 @@ class _Search:
                 order_share,
                 device_G,
                 order_T,
+                best_G,
+                best_T,
+                *self._arrays,
+            )
+            self.trials += count
+            if _better(Score(step_s, over), best.score):
+                best = Found(best_G, best_T, Score(step_s, over))
+            if time.monotonic() > deadline:
+                break
+        self.keep(best)
+        return best
+
+    def replace(self, start: Found, trials: int, hot: float, way: int, deadline: float) -> Found:
+        """Change a placement from hot to cold, all tasks scheduled anew each time, in the `way`-th of the orders."""
+        price = _OVER / float(self.problem.memory_bytes_D.sum())
+        unit_s = start.score.step_s if np.isfinite(start.score.step_s) else 1.0
+        ways = priorities(self.problem, start.device_G)
+        rank_T, extra = ways[way % len(ways)]
+        forward_T, open_T = tables(self.problem).phase_T == FORWARD, open_microbatches(self.problem)
+        device_G, best = start.device_G.copy(), start
+        chunk = max(10, int(_CHUNK * 300 / self.problem.tasks))
+        cold = (_COLD / hot) ** (1 / trials)
+        for first in range(0, trials, chunk):
+            count = min(chunk, trials - first)
+            best_G, best_T = device_G.copy(), start.order_T.copy()
+            step_s, over = anneal_placements(
+                self.random.random((count, 5)),
+                unit_s * hot * cold**first,
+                unit_s * hot * cold ** (first + count),
+                price,
+                extra,
+                rank_T,
+                forward_T,
+                open_T,
+                device_G,
                 best_G,
                 best_T,
                 *self._arrays,

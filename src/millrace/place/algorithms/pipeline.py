@@ -63,7 +63,7 @@ def pipeline(problem: Problem, *, budget_s: float, seed: int) -> Plan:
         for devices in device_sequences(problem, _SEQUENCES):
             value, places = best_ranges(problem, chain, devices, memory=strict)
             if np.isfinite(value):
-                found.append((value, devices, _placement(chain, devices, places, pinned_G)))
+                found.append((value, devices, placement_of(chain, devices, places, pinned_G)))
             if time.monotonic() > deadline:
                 break
         if found:
@@ -196,7 +196,8 @@ def chain_of(problem: Problem, pinned_G: Ints) -> Chain:
     )
 
 
-def _placement(chain: Chain, devices: tuple[int, ...], places: list[int], pinned_G: Ints) -> Ints:
+def placement_of(chain: Chain, devices: tuple[int, ...], places: list[int], pinned_G: Ints) -> Ints:
+    """The placement that divides a chain at these places; other groups where they are pinned."""
     device_G = pinned_G.copy()
     for device, begin, end in zip(devices, places, places[1:], strict=False):
         device_G[chain.order[chain.cuts_N[begin] : chain.cuts_N[end]]] = device

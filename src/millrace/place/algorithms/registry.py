@@ -12,6 +12,7 @@ from millrace.place.algorithms.exact import exact
 from millrace.place.algorithms.expert import expert
 from millrace.place.algorithms.heft import heft
 from millrace.place.algorithms.hints_only import hints_only
+from millrace.place.algorithms.interleaved import interleaved
 from millrace.place.algorithms.local_search import local_search
 from millrace.place.algorithms.pipeline import pipeline
 from millrace.place.algorithms.policy_gradient import policy_gradient
@@ -24,6 +25,7 @@ ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(
         "expert": expert,
         "heft": heft,
         "hints_only": hints_only,
+        "interleaved": interleaved,
         "local_search": local_search,
         "pipeline": pipeline,
         "policy_gradient": policy_gradient,
