@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ def test_the_environment_is_json_and_tells_versions_and_machine() -> None:
     assert facts["python"] == platform.python_version()
     assert facts["threads"] == torch.get_num_threads()
     assert facts["working_directory"] == os.getcwd()
-    assert sys.argv[0] in str(facts["command"])
+    assert shlex.split(str(facts["command"])) == [sys.executable, *sys.orig_argv[1:]]
 
 
 def test_asking_does_not_wake_cuda() -> None:
