@@ -52,8 +52,8 @@ def _head(cases: Sequence[Case], command: str) -> str:
     ]
     return f"""# Placements compared
 
-Written by `{command}` from simulated steps; nothing was run. Operators cost what the makers' data sheets say
-(`place/presets.py`), in float32. Clusters are in `bench/placements/clusters`: four equal GPUs with fast links, the same
+Written by `{command}` from simulated steps; nothing was run. Operators cost what the makers' data
+sheets say (`place/presets.py`), in float32. Clusters are in `bench/placements/clusters`: four equal GPUs with fast links, the same
 with slow links, two fast and two slow GPUs, and a GPU of 6 GiB beside a CPU with memory for everything. `auto` had
 {settings.auto_s:g} s, `local_search` and `policy_gradient` {settings.search_s:g} s each.
 
@@ -84,7 +84,8 @@ def _speedups(cases: Sequence[Case]) -> str:
         value = speedup(case, name)
         if value is None:
             return "does not fit" if not case["algorithms"][name]["fits"] else "fits"
-        return f"**{value:.2f}**" if name == "auto" else f"{value:.2f}"
+        apart = " †" if case["algorithms"][name].get("states_apart") else ""
+        return f"**{value:.2f}**{apart}" if name == "auto" else f"{value:.2f}"
 
     names = [name for name in ALGORITHMS if name != "expert"]
     rows = [
@@ -96,6 +97,7 @@ def _speedups(cases: Sequence[Case]) -> str:
     return f"""## Times as fast as `expert`
 
 `expert` in milliseconds a step; the others as its time over theirs, so more is better. * counts in the geometric mean.
+† has variables and updates apart from their modules, which only `auto` tries, and only where fast devices lack memory.
 
 {table(("case", "expert, ms", *names), rows)}"""
 
@@ -212,7 +214,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _gap(case: Case) -> float | None:
     """What auto's plan for one microbatch is above the proved bound; None where there is no bound."""
     found = case.get("exact", {})
-    return found["auto_s"] / found["bound_s"] - 1 if found.get("auto_s") and found.get("bound_s") else None
+    return max(found["auto_s"] / found["bound_s"] - 1, 0.0) if found.get("auto_s") and found.get("bound_s") else None
 
 
 def _hands(case: Case) -> bool:

@@ -26,6 +26,7 @@ from millrace.place.cluster import Cluster, Device, Link
 from millrace.place.grouping import group
 from millrace.place.hints import Hints
 from millrace.place.placement import Placement, follow, place
+from millrace.place.tables import AFTER, tables
 from millrace.place.wire import Wire
 
 RATES = {"product": 1e9, "convolution": 1e9, "attention": 1e9, "memory": 1e9}
@@ -253,3 +254,16 @@ def test_states_live_in_slow_memory_where_fast_memory_lacks() -> None:
     assert alike.homes == found.homes
     roomy = placed(graph, cluster(1, 1))
     assert not roomy.states_apart
+
+
+def test_a_microbatch_ends_without_waiting_for_later_ones() -> None:
+    """Else a device that may hold few microbatches at a time (1F1B) would hold the first until the end of the step."""
+    problem = placed(microbatch(towers(), 4), cluster()).problem
+    phase_T = tables(problem).phase_T
+    for tensor, producer in enumerate(problem.producer_K):
+        for reader in problem.uses_C[problem.first_use_K1[tensor] : problem.first_use_K1[tensor + 1]]:
+            if phase_T[reader] != AFTER:
+                assert problem.microbatch_T[producer] <= problem.microbatch_T[reader]
+    updates = [t for t, name in enumerate(problem.task_names_T) if "update" in name and not name.startswith("step ")]
+    assert updates
+    assert (phase_T[updates] == AFTER).all()

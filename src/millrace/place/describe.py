@@ -78,7 +78,7 @@ def describe(
         task_names_T=tuple(task.name for task in tasks),
         group_T=np.array([task.group for task in tasks], dtype=np.int64),
         microbatch_T=np.array([task.microbatch for task in tasks], dtype=np.int64),
-        backward_T=np.array([task.phase is not Phase.FORWARD for task in tasks]),
+        backward_T=np.array([task.phase is Phase.BACKWARD for task in tasks]),
         scratch_bytes_T=np.array([0.0] * first + [_scratch(task.nodes, in_memory) for task in tasks[first:]]),
         seconds_TD=seconds_TD,
         producer_K=np.array([made_by[nodes[0]] for nodes in tensors], dtype=np.int64),

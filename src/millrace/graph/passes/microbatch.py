@@ -209,7 +209,9 @@ class _Parts:
 
     def _mean(self, node: Node) -> Node:
         scaled = self._fx.call_function(aten.mul.Tensor, (self._sums[node], 1.0 / self._count))
-        return _made(scaled, node, node.meta["val"])
+        scaled = _made(scaled, node, node.meta["val"])
+        scaled.meta[MICROBATCH] = self._sums[node].meta[MICROBATCH]  # the last: no device waits longer for the first
+        return scaled
 
     def _input(self, node: Node, name: str = "") -> Node:
         return _like(self._fx.placeholder(name or node.name), node)
