@@ -31,10 +31,9 @@ from millrace.graph.passes.time_chunks import time_chunks
 from millrace.graph.training import training_graph
 from millrace.partition.placed import Planner
 from millrace.place.cluster import Cluster
-from millrace.place.placement import Placement, place
+from millrace.place.placement import place
 from millrace.place.probe import local_cluster
 from millrace.runtime.placed_session import PlacedSession
-from millrace.runtime.profiling import profile_on
 from millrace.runtime.session import Session
 from millrace.runtime.workers import ProcessWorkers
 
@@ -113,7 +112,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--search", default="auto")
     options.add_argument("--compile", default="inductor", choices=("eager", "inductor"))
     options.add_argument("--rounds", type=int, default=7)
-    options.add_argument("--rates", action="store_true", help="expect by rates of classes, not by measured nodes")
     given = options.parse_args(arguments)
     torch.set_num_threads(1)
     pairs = []
@@ -179,12 +177,7 @@ def configure(
     """One way to run a model over workers, warmed up."""
     fused = given.compile != "eager"
     workers = ProcessWorkers(cluster.devices)
-
-    def search(whole: Graph) -> Placement:
-        profile = None if given.rates else profile_on(workers, cluster.devices, whole, fused=fused)
-        return place(whole, cluster, search=given.search, fused=fused, profile=profile)
-
-    planner = Planner(search, fused=fused)
+    planner = Planner(lambda whole: place(whole, cluster, search=given.search, fused=fused), fused=fused)
     session = PlacedSession(graph, planner, workers, microbatches=parts, compile=given.compile, timeout_s=600.0)
     session.run(FETCHES, batch)
     session.push()  # begin where the others begin

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.utils._pytree as pytree
@@ -29,16 +29,12 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Work:
-    """What a node, or some fused ones, ask of a device.
-
-    dtype: in which precision ("float32"). node: the node, where it is one that runs by itself.
-    """
+    """What a node, or some fused ones, ask of a device. dtype: in which precision ("float32")."""
 
     operators: str
     flops: float
     moved_bytes: float
     dtype: str
-    node: Node | None = None
 
     def seconds(self, device: Device) -> float:
         """How long it takes there."""
@@ -55,7 +51,7 @@ def works_of(nodes: Sequence[Node], *, fused: bool) -> list[Work]:
     """
     computing = [node for node in nodes if not is_free(node)]
     if not fused:
-        return [replace(_work([node]), node=node) for node in computing]
+        return [_work([node]) for node in computing]
     leader: dict[Node, Node] = {}
 
     def root(node: Node) -> Node:
@@ -73,8 +69,7 @@ def works_of(nodes: Sequence[Node], *, fused: bool) -> list[Work]:
     groups: dict[Node, list[Node]] = {}
     for node in computing:
         groups.setdefault(root(node), []).append(node)
-    single = lambda group: group[0] if len(group) == 1 and not _is_fusible(group[0]) else None  # noqa: E731
-    return [replace(_work(group), node=single(group)) for group in groups.values()]
+    return [_work(group) for group in groups.values()]
 
 
 def is_free(node: Node) -> bool:

@@ -14,7 +14,6 @@ from millrace.place.cluster import Cluster, Device
 from millrace.place.cost import Work, is_free, tensor_bytes, works_of
 from millrace.place.grouping import Grouping, Task
 from millrace.place.problem import Problem
-from millrace.place.profile import Profile
 from millrace.place.wire import Wire, expected_bytes
 
 _USABLE = 0.9  # of a device's memory: allocators waste some, and transfers and libraries take some
@@ -28,14 +27,13 @@ def describe(
     wire: Wire,
     *,
     fused: bool,
-    profile: Profile | None = None,
 ) -> Problem:
     """The placement problem.
 
     Variables that are read outside of their group are tensors, made at the start of the step by a task of their own.
 
     Args: allowed_GD: whether a group may be on a device. wire: what is narrowed between devices; the time to encode and
-    decode it is not counted. fused: see `cost.works_of`. profile: what was measured.
+    decode it is not counted. fused: see `cost.works_of`.
     """
     groups, devices = len(grouping.groups), cluster.devices
     inputs, by_name = graph.placeholders(), {node.name: node for node in graph.fx.nodes}
@@ -57,12 +55,11 @@ def describe(
     codecs = wire.codecs(graph)
     works_T = [works_of(task.nodes, fused=fused) if index >= first else [] for index, task in enumerate(tasks)]
     hosts = list(dict.fromkeys(device.host for device in devices))
-    known = profile or Profile()
     shared_D = [sum(other.host == device.host for other in devices) > 1 for device in devices]
-    seconds_TD = _seconds(works_T, tasks, devices, shared_D, allowed_GD, known)
+    seconds_TD = _seconds(works_T, tasks, devices, shared_D, allowed_GD)
     alone_s_TD = seconds_TD
-    if profile is not None or any(device.busy_rates for device in devices):
-        alone_s_TD = _seconds(works_T, tasks, devices, [False] * len(devices), allowed_GD, known)
+    if any(device.busy_rates for device in devices):
+        alone_s_TD = _seconds(works_T, tasks, devices, [False] * len(devices), allowed_GD)
     flops_G, resident_G = np.zeros(groups), np.zeros(groups)
     for task, works in zip(tasks, works_T, strict=True):
         flops_G[task.group] += sum(work.flops for work in works)
@@ -102,14 +99,14 @@ def _seconds(
     devices: Sequence[Device],
     among_others_D: Sequence[bool],
     allowed_GD: np.ndarray,
-    profile: Profile,
 ) -> np.ndarray:
     """[T, D]"""
+    paces = [d.among_others() if among else d for d, among in zip(devices, among_others_D, strict=True)]
     seconds_TD = np.full((len(tasks), len(devices)), np.inf)
     for index, (task, works) in enumerate(zip(tasks, works_T, strict=True)):
-        for d, device in enumerate(devices):
+        for d, device in enumerate(paces):
             if allowed_GD[task.group, d]:
-                seconds_TD[index, d] = sum(profile.seconds(w, device, among_others=among_others_D[d]) for w in works)
+                seconds_TD[index, d] = sum(work.seconds(device) for work in works)
     return seconds_TD
 
 

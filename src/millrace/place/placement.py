@@ -19,7 +19,6 @@ from millrace.place.memory import lacks_fast_memory
 from millrace.place.order import best_order
 from millrace.place.prepare import best_plan, group_like, prepare
 from millrace.place.problem import Plan, Problem
-from millrace.place.profile import Profile
 from millrace.place.simulate import Simulated
 from millrace.place.wire import Wire
 
@@ -42,7 +41,6 @@ class Placement:
     problem: Problem
     plan: Plan
     expected: Simulated
-    profile: Profile | None = None
     states_apart: bool = False
 
     @property
@@ -79,7 +77,6 @@ def place(
     seed: int = 0,
     fused: bool = True,
     limit: int = 40,
-    profile: Profile | None = None,
     wire: Wire | Mapping[str, str] | str | None = None,
 ) -> Placement:
     """Decide which device runs what.
@@ -91,7 +88,6 @@ def place(
         budget_s: how long it may search; by default a tenth of a second for each group, at most five seconds.
         fused: whether the devices run compiled code.
         limit: how many groups there may be; more give a finer placement and a longer search.
-        profile: of nodes that were measured on the devices.
         wire: what is narrowed between devices, see `Wire`. "zeros" counts as if nothing were saved.
 
     Raises: PlacementError when hints contradict, nothing fits in memory, or the cluster lacks something; SettingError
@@ -104,16 +100,16 @@ def place(
     refuse_idle(graph, wishes)
     narrowed.check(graph)
     demands = Demands(graph, wishes)
-    ways = [prepare(graph, cluster, demands, narrowed, fused=fused, limit=limit, profile=profile)]
+    ways = [prepare(graph, cluster, demands, narrowed, fused=fused, limit=limit)]
     if search == "auto" and lacks_fast_memory(ways[0].problem):
-        more = prepare(graph, cluster, demands, narrowed, fused=fused, limit=limit, profile=profile, states_apart=True)
+        more = prepare(graph, cluster, demands, narrowed, fused=fused, limit=limit, states_apart=True)
         ways.append(more)
     if budget_s is None:
         budget_s = min(_LONGEST_SEARCH_S, _SEARCH_S_PER_GROUP * ways[0].problem.groups)
     way, plan = best_plan(ways, search, budget_s=budget_s, seed=seed)
     expected = expect(way.problem, plan)
     chosen = (way.grouping, way.problem, plan, expected)
-    return Placement(cluster, wishes, narrowed, demands, *chosen, profile, way.states_apart)
+    return Placement(cluster, wishes, narrowed, demands, *chosen, way.states_apart)
 
 
 def follow(placement: Placement, graph: Graph, *, fused: bool = True) -> Placement:
@@ -121,7 +117,7 @@ def follow(placement: Placement, graph: Graph, *, fused: bool = True) -> Placeme
 
     Raises: PlacementError when what only this graph has cannot be placed as wished.
     """
-    cluster, hints, wire, profile = placement.cluster, placement.hints, placement.wire, placement.profile
+    cluster, hints, wire = placement.cluster, placement.hints, placement.wire
     demands = Demands(graph, hints, placement.demands)
     apart = placement.states_apart
     grouping = group_like(graph, demands, placement.grouping, states_apart=apart)
@@ -130,6 +126,6 @@ def follow(placement: Placement, graph: Graph, *, fused: bool = True) -> Placeme
     device_G = np.concatenate([placement.plan.device_G, np.zeros(new, dtype=np.int64)])
     lost_G = ~allowed[np.arange(len(device_G)), device_G]
     device_G[lost_G] = allowed[lost_G].argmax(axis=1)
-    problem = describe(graph, grouping, cluster, allowed, wire, fused=fused, profile=profile)
+    problem = describe(graph, grouping, cluster, allowed, wire, fused=fused)
     plan = Plan(device_G, best_order(problem, device_G), placement.plan.algorithm, "as planned before")
-    return Placement(cluster, hints, wire, demands, grouping, problem, plan, expect(problem, plan), profile, apart)
+    return Placement(cluster, hints, wire, demands, grouping, problem, plan, expect(problem, plan), apart)

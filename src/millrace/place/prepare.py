@@ -18,7 +18,6 @@ from millrace.place.describe import describe
 from millrace.place.grouping import Grouping, group
 from millrace.place.paths import STEP
 from millrace.place.problem import Plan, Problem
-from millrace.place.profile import Profile
 from millrace.place.simulate import simulate
 from millrace.place.wire import Wire
 
@@ -40,7 +39,6 @@ def prepare(
     *,
     fused: bool = True,
     limit: int = 40,
-    profile: Profile | None = None,
     states_apart: bool = False,
 ) -> Prepared:
     """Group the nodes of a graph, and describe the problem of placing them.
@@ -51,7 +49,7 @@ def prepare(
     """
     grouping = group(graph, _weight, _labels(demands, states_apart), limit=limit)
     allowed = allowed_devices(grouping, cluster, demands)
-    problem = describe(graph, grouping, cluster, allowed, wire, fused=fused, profile=profile)
+    problem = describe(graph, grouping, cluster, allowed, wire, fused=fused)
     return Prepared(grouping, problem, states_apart)
 
 

@@ -21,10 +21,8 @@ from torch import Tensor
 
 from millrace.child_process import end_with
 from millrace.errors import MillraceError, WorkerError
-from millrace.graph.save import load_graph
 from millrace.partition.files import load_program
 from millrace.partition.program import DeviceProgram, Edge, Instruction, Run
-from millrace.place.profile import kinds_of, measure
 from millrace.runtime.device import DeviceRunner
 from millrace.runtime.messages import Message, receive, send
 from millrace.runtime.transport.base import Transport
@@ -84,10 +82,6 @@ class DeviceWorker:
         program, edges = load_program(Path(fields["directory"]))
         self.load(fields["key"], program, edges, fields)
         return Message("ready")
-
-    def _on_measure(self, fields: Mapping[str, Any], _: Mapping[str, Tensor]) -> Message:
-        kinds = kinds_of(load_graph(fields["path"]), fused=fields["fused"])
-        return Message("measured", {"seconds": measure(kinds, fields["budget_s"])})
 
     def _on_write(self, _: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Message:
         for name, value in tensors.items():

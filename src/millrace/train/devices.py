@@ -27,7 +27,6 @@ from millrace.place.placement import Placement, place
 from millrace.place.probe import local_cluster
 from millrace.place.summary import as_json, places_of
 from millrace.runtime.placed_session import PlacedSession
-from millrace.runtime.profiling import profile_on
 from millrace.runtime.timeline import compared
 from millrace.runtime.workers import ProcessWorkers
 from millrace.train.callbacks import Callback, RunView
@@ -60,14 +59,13 @@ class DeviceRun(Callback):
         """
         plan = self._plan
         assert plan.devices is not None
-        cluster, described = cluster_of(plan.devices)
+        cluster = cluster_of(plan.devices)
         _refuse_distant(cluster)
         chunked = time_chunks(graph, plan.time_chunks)
         if plan.time_chunks > 1 and chunked is graph:
             self._say(f"time_chunks={plan.time_chunks}: nothing in this model recurs over so many steps of time")
         workers = ProcessWorkers(cluster.devices)
-        measured_on = None if described else workers
-        self._planner = Planner(lambda whole: self._search(whole, cluster, measured_on), fused=self._fused)
+        self._planner = Planner(lambda whole: self._search(whole, cluster), fused=self._fused)
         try:
             self._session = PlacedSession(
                 chunked,
@@ -128,17 +126,15 @@ class DeviceRun(Callback):
         assert self._planner.placement is not None, "the session places the graph"
         return self._planner.placement
 
-    def _search(self, whole: Graph, cluster: Cluster, workers: ProcessWorkers | None) -> Placement:
-        """Args: workers: to measure the nodes on; None where the user describes the devices."""
-        profile = profile_on(workers, cluster.devices, whole, fused=self._fused) if workers else None
-        plan, fused = self._plan, self._fused
-        found = place(whole, cluster, plan.placement, seed=plan.seed, fused=fused, profile=profile, wire=plan.wire)
+    def _search(self, whole: Graph, cluster: Cluster) -> Placement:
+        plan = self._plan
+        found = place(whole, cluster, plan.placement, seed=plan.seed, fused=self._fused, wire=plan.wire)
         self._say(f"placed on {len(cluster.devices)} devices: {found.plan.note}")
         return found
 
 
-def cluster_of(devices: Devices) -> tuple[Cluster, bool]:
-    """The devices that a user means, and whether it is the user who describes what they can do.
+def cluster_of(devices: Devices) -> Cluster:
+    """The devices that a user means.
 
     Args: devices: a cluster; a cluster file, as a path or as text that ends in ".toml"; otherwise devices of this
         machine, as `local_cluster` takes them.
@@ -146,10 +142,10 @@ def cluster_of(devices: Devices) -> tuple[Cluster, bool]:
     Raises: PlacementError.
     """
     if isinstance(devices, Cluster):
-        return devices, True
+        return devices
     if isinstance(devices, Path) or (isinstance(devices, str) and devices.endswith(".toml")):
-        return read_cluster(Path(devices)), True
-    return local_cluster(devices), False
+        return read_cluster(Path(devices))
+    return local_cluster(devices)
 
 
 def _refuse_distant(cluster: Cluster) -> None:
