@@ -54,8 +54,8 @@ def _head(cases: Sequence[Case], command: str) -> str:
 
 Written by `{command}` from simulated steps; nothing was run. Operators cost what the makers' data
 sheets say (`place/presets.py`), in float32. Clusters are in `bench/placements/clusters`: four equal GPUs with fast
-links, the same with slow links, two fast and two slow GPUs, and a GPU of 6 GiB beside a CPU with memory for everything. `auto` had
-{settings.auto_s:g} s, `local_search` and `policy_gradient` {settings.search_s:g} s each.
+links, the same with slow links, two fast and two slow GPUs, and a GPU of 6 GiB beside a CPU with memory for everything.
+`auto` had {settings.auto_s:g} s, `local_search` and `policy_gradient` {settings.search_s:g} s each.
 
 {table(("graph", "what", "microbatches", "branchy", "nodes", "tracing, s"), rows)}"""
 
