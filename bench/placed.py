@@ -3,7 +3,8 @@
 Every configuration is a model, a number of workers (one thread each), of chunks of time and of microbatches, and a
 search. They are timed in turn, round after round, with the whole step in one process of one thread beside them. Prints
 one JSON line for each: the ratio to the one process (above 1: faster), the expected and the measured milliseconds; at
-the end the median error of the expectation and the rank correlation over all.
+the end the median error of the expectation and the rank correlation over all. Before a model's lines stands the most that
+so many workers can gain on this machine: what they do together when each takes whole steps of its own.
 
 Two LSTM layers as a wave: python -m bench.placed --models recurrent --microbatches 1 --chunks 1,2,4,8 --compile eager
 """
@@ -17,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +31,7 @@ from millrace.graph.graph import Graph
 from millrace.graph.passes.prune import prune
 from millrace.graph.passes.time_chunks import time_chunks
 from millrace.graph.training import training_graph
+from millrace.partition.pieces import Piece
 from millrace.partition.placed import Planner
 from millrace.place.cluster import Cluster
 from millrace.place.placement import place
@@ -149,6 +152,11 @@ def measure(model: str, given: argparse.Namespace) -> list[Configuration]:
     found = [Configuration(f"{model} in one process", lambda: whole.run(FETCHES, batch), [])]
     most = max(int(n) for n in given.workers.split(","))
     cluster = local_cluster([1] * most)
+    print(
+        json.dumps(
+            {"name": f"{model}, the most that {most} workers can gain", "ratio": ceiling(graph, batch, cluster, given)}
+        )
+    )
     try:
         for workers in map(int, given.workers.split(",")):
             some = Cluster(cluster.devices[:workers], cluster.links)
@@ -190,6 +198,38 @@ def configure(
         session,
         planner.placement.plan.note,
     )
+
+
+def ceiling(graph: Graph, batch: Any, cluster: Cluster, given: argparse.Namespace) -> float:
+    """How much more work is done when every worker takes whole steps of its own at once than when only one does.
+
+    The cores share memory, caches and clock: a division without any waiting or sending would gain as much.
+    """
+    sessions = [
+        PlacedSession(graph, all_on(d.name), ProcessWorkers([d]), compile=given.compile, timeout_s=600.0)
+        for d in cluster.devices
+    ]
+    try:
+        for session in sessions:
+            session.run(FETCHES, batch)
+        gains = []
+        with ThreadPoolExecutor(len(sessions)) as pool:
+            for _ in range(given.rounds):
+                alone_s = min(timed(lambda: sessions[0].run(FETCHES, batch)) for _ in range(2))
+                both_s = min(
+                    timed(lambda: list(pool.map(lambda session: session.run(FETCHES, batch), sessions)))
+                    for _ in range(2)
+                )
+                gains.append(len(sessions) * alone_s / both_s)
+    finally:
+        for session in sessions:
+            session.close()
+    return round(statistics.median(gains), 3)
+
+
+def all_on(device: str) -> Callable[[Graph], list[Piece]]:
+    """A placement of everything on one device."""
+    return lambda graph: [Piece("all", device, tuple(node.name for node in graph.nodes))]
 
 
 def timed(step: Callable[[], Any]) -> float:
