@@ -3,8 +3,8 @@
 Every configuration is a model, a number of workers (one thread each), of chunks of time and of microbatches, and a
 search. They are timed in turn, round after round, with the whole step in one process of one thread beside them. Prints
 one JSON line for each: the ratio to the one process (above 1: faster), the expected and the measured milliseconds; at
-the end the median error of the expectation and the rank correlation over all. Before a model's lines stands the most that
-so many workers can gain on this machine: what they do together when each takes whole steps of its own.
+the end the median error of the expectation and the rank correlation over all. Before a model's lines stands the most
+that so many workers can gain on this machine: what they do together when each takes whole steps of its own.
 
 Two LSTM layers as a wave: python -m bench.placed --models recurrent --microbatches 1 --chunks 1,2,4,8 --compile eager
 """
