@@ -182,6 +182,16 @@ def test_a_worker_that_dies_while_a_program_is_loaded_is_named() -> None:
         assert time.monotonic() - sent[0] < DEATH_S
 
 
+def test_a_worker_that_died_between_two_steps_is_named() -> None:
+    with session(step_graph()) as (placed, workers):
+        placed.run(["train", "loss"], batch(0))
+        victim = workers.pids[NAMES[1]]
+        os.kill(victim, signal.SIGKILL)
+        os.waitid(os.P_PID, victim, os.WEXITED | os.WNOWAIT)  # so that sending to it fails already
+        with pytest.raises(WorkerError, match=f"process {victim}.*SIGKILL"):
+            placed.run(["train", "loss"], batch(1))
+
+
 RATES = {"product": 1e9, "convolution": 1e9, "attention": 1e9, "memory": 1e9}
 TWO = Cluster(tuple(Device(name, "cpu", 1 << 30, RATES, 1e-6) for name in NAMES[:2]), (Link("*", "*", 1e-5, 1e9),))
 

@@ -101,7 +101,7 @@ class ProcessWorkers:
             try:
                 send(self._connections[device], message, timeout_s, self._name(device))
             except WorkerError as error:
-                failures.append(error)
+                failures.append(self._explained(device, error))
         waiting = {} if failures else {self._connections[device]: device for device in messages}
         began_s = time.monotonic()
         deadline_s = began_s + timeout_s
@@ -141,7 +141,7 @@ class ProcessWorkers:
         """The error with how the process ended and the last that it said, if it said anything."""
         child = self._children[device]
         with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(0.5)
+            child.wait(1.0)
         how = ""
         if child.returncode is not None and child.returncode < 0:
             how = f" It was killed by {signal.Signals(-child.returncode).name}."
