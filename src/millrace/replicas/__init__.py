@@ -1,1 +1,1 @@
-"""Replicas of a training step on machines that fail: who computes which slice, who holds what, who takes whose place."""
+"""Replicas of a training step on machines that fail: who computes which slice, who holds what, who replaces whom."""

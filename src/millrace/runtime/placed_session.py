@@ -5,22 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from millrace.compile.tiered import Say
-from millrace.errors import FeedError, FetchError, MillraceError, SettingError, did_you_mean
+from millrace.errors import FetchError, MillraceError, SettingError, did_you_mean
 from millrace.graph.graph import TRAIN, Graph
 from millrace.partition.files import save_program
 from millrace.partition.program import Partition
 from millrace.place.wire import Wire
 from millrace.runtime.messages import Message
 from millrace.runtime.placed_programs import Place, Program, Programs
-from millrace.runtime.save_nodes import SideGraph
-from millrace.runtime.session import Session
+from millrace.runtime.remote_session import RemoteSession
 from millrace.runtime.transport.choose import check_transport, choose
 from millrace.runtime.wire_bytes import Reported, WireBytes, sent_in_step
 from millrace.runtime.workers import Workers
@@ -45,7 +42,7 @@ class Timeline:
     wire: WireBytes
 
 
-class PlacedSession:
+class PlacedSession(RemoteSession):
     """Holds the variables of a graph on several devices; runs fetches.
 
     Every device is a worker that holds its own variables; in each step it gets one message, and the tensors that
@@ -83,7 +80,7 @@ class PlacedSession:
     ) -> None:
         check_transport(transport)
         _refuse_other_devices(graph)
-        self.graph = graph
+        super().__init__(graph, variables, say)
         self.microbatches = microbatches
         self.timeline: Timeline | None = None  # of the last step, while `watch_time` is set
         self.watch_time = False
@@ -92,17 +89,9 @@ class PlacedSession:
         self._step = 0
         self._tiers: dict[int, dict[str, list[str]]] = {}  # of the programs that the workers have, by device
         self._sent: tuple[Partition, list[Reported]] | None = None  # of the last step
-        self._own = Session(graph, variables, compile="eager", say=say)
-        self._stale = False  # whether the devices have newer values than `variables`
         self._programs = Programs(graph, place, Wire.of(wire), microbatches, reduction, say)
         self.homes = self._programs.homes
         self.push()
-
-    def __enter__(self) -> PlacedSession:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the workers; what they hold of the variables goes with them."""
@@ -127,11 +116,6 @@ class PlacedSession:
         found = [results[name] for name in names]
         return found[0] if isinstance(fetches, str) else found
 
-    def run_steps(self, fetches: Sequence[str], feeds: Sequence[Any]) -> list[Any]:
-        """Run one step per batch; fetches come back stacked along a new first axis."""
-        found = [self.run(fetches, feed) for feed in feeds]
-        return [None if one[0] is None else torch.stack(one) for one in map(list, zip(*found, strict=True))]
-
     def partition(self, fetches: str | Sequence[str], feed: Any = None) -> Partition:
         """How the graph of these fetches is cut, for batches like `feed` (or the first one)."""
         names = (fetches,) if isinstance(fetches, str) else tuple(fetches)
@@ -152,47 +136,6 @@ class PlacedSession:
 
     # -- variables -----------------------------------------------------------------------------------------------
 
-    @property
-    def variables(self) -> Mapping[str, Tensor]:
-        """This process's copy, by name: the traced module's own tensors, brought up to date when asked for."""
-        self.pull()
-        return self._own.variables
-
-    def pull(self) -> None:
-        """Bring the traced module's own tensors up to date."""
-        if self._stale:
-            for name, value in self.read_all().items():
-                self._own.variables[name].copy_(value)
-            self._stale = False
-
-    def push(self) -> None:
-        """Give the devices the values of the traced module's own tensors."""
-        self._write(self._own.variables)
-        self._stale = False
-
-    def side(self, name: str) -> SideGraph:
-        """The graph beside the step's that saves or restores; it runs in this process."""
-        return self._own.side(name)
-
-    def save(self, path: Path) -> None:
-        """Write every variable to one file; see `Session.save`."""
-        self.pull()
-        self._own.save(path)
-
-    def restore(self, path: Path) -> None:
-        """Read every variable from a file of `save`, and give it to its device; see `Session.restore`."""
-        self._own.restore(path)
-        self.push()
-
-    def first_nonfinite(self, feed: Any) -> str:
-        """Which node of the step first makes NaN or infinity; see `Session.first_nonfinite`."""
-        self.pull()
-        return self._own.first_nonfinite(feed)
-
-    def read(self, name: str) -> Tensor:
-        """A copy of a variable's value. Raises FetchError with the nearest names."""
-        return self.read_all([name])[name]
-
     def read_all(self, names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Copies of the values of these variables, or of all."""
         wanted = [v.name for v in self.graph.variables] if names is None else list(names)
@@ -201,16 +144,6 @@ class PlacedSession:
             by_home.setdefault(self._home(name), []).append(name)
         answers = self._workers.ask({d: Message("read", {"names": n}) for d, n in by_home.items()}, self._timeout_s)
         return {name: answers[self.homes[name]].tensors[name] for name in wanted}
-
-    def assign(self, name: str, value: Any) -> None:
-        """Give a variable a new value of its shape; see `Session.assign`."""
-        self._home(name)
-        spec = self.graph.variable(name).spec
-        new = torch.as_tensor(value)
-        if tuple(new.shape) != spec.shape:
-            raise FeedError(f"variable {name!r} has shape {list(spec.shape)}, got {list(new.shape)}")
-        self._write({name: new.to(spec.dtype)})
-        self._stale = True
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -297,6 +230,3 @@ def _refuse_other_devices(graph: Graph) -> None:
             f"a step that is to be divided over devices is traced on the CPU, but this one has tensors on "
             f"{', '.join(elsewhere)}. Leave the model and its batches on the CPU: the devices get their parts of it."
         )
-
-
-AnySession = Session | PlacedSession

@@ -11,7 +11,7 @@ from millrace.errors import MillraceError
 from millrace.graph.graph import TRAIN
 from millrace.graph.signature import Role
 from millrace.runtime.checkpoint import VARIABLES, Checkpoints
-from millrace.runtime.placed_session import AnySession
+from millrace.runtime.remote_session import AnySession
 
 _ADVICE = (
     "  What to do: look at that batch and module; lower the learning rate, warm it up, or clip gradients "

@@ -14,7 +14,7 @@ from millrace.errors import CheckpointError, SettingError, did_you_mean
 from millrace.runtime.checkpoint import VARIABLES, Checkpoint, Checkpoints
 from millrace.runtime.commit import Digest
 from millrace.runtime.manifest import Json
-from millrace.runtime.placed_session import AnySession
+from millrace.runtime.remote_session import AnySession
 from millrace.runtime.save_nodes import SAVE
 from millrace.runtime.shard import verify
 from millrace.train.early_stopping import StoppingState

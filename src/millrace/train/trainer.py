@@ -15,7 +15,7 @@ from torch import Tensor
 from millrace.data.batches import Batches
 from millrace.errors import FeedError, NonFiniteError
 from millrace.graph.graph import TRAIN, Graph
-from millrace.runtime.placed_session import AnySession
+from millrace.runtime.remote_session import AnySession
 from millrace.train.callbacks import CallbackList
 from millrace.train.evaluation import examples_in
 from millrace.train.interrupt import Interruptible
