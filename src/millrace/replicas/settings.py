@@ -1,0 +1,104 @@
+"""The ways in which replicas agree: what a user says by one word, or by one of these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from millrace.errors import SettingError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Sync:
+    """All replicas work at slices of one batch, and their gradients are put together before the update.
+
+    parameter_servers: how many processes hold the variables; 0: every replica holds them all, and gradients are summed
+        by collectives.
+    backup: with servers, how many replicas more work than an update waits for; the last gradients are dropped (Chen et
+        al., 2016, "Revisiting distributed synchronous SGD").
+    """
+
+    parameter_servers: int = 0
+    backup: int = 0
+
+    def __post_init__(self) -> None:
+        _check_counts(self, least=0)
+        if self.backup and not self.parameter_servers:
+            raise SettingError(
+                f"backup={self.backup} needs parameter servers, which can go on without the last gradients; a "
+                "collective cannot. Pass parameter_servers=1 or more, or leave backup out."
+            )
+
+
+@dataclass(frozen=True)
+class Async:
+    """Every replica fetches the variables, works at a batch of its own and pushes its gradients, without waiting.
+
+    fetch_every, push_every: in steps of the replica; gradients are added up between two pushes.
+    bound: how many pushes a replica may be ahead of the slowest one (stale synchronous); None: as many as it likes.
+    weaken_stale: scale a gradient by 1 / (1 + its staleness).
+    parameter_servers: how many processes hold the variables.
+
+    Source: Dean et al., 2012, "Large scale distributed deep networks" (Downpour SGD).
+    """
+
+    fetch_every: int = 1
+    push_every: int = 1
+    bound: int | None = None
+    weaken_stale: bool = False
+    parameter_servers: int = 1
+
+    def __post_init__(self) -> None:
+        _check_counts(self, least=1)
+
+
+@dataclass(frozen=True)
+class LocalSteps:
+    """Every replica trains by itself for some steps; the mean of what they have changed is then a step of an outer rule.
+
+    every: how many steps. learning_rate, momentum: of the outer rule, Nesterov's; 1.0 and 0.0 average the variables.
+
+    Source: Douillard et al., 2023, "DiLoCo: distributed low-communication training of language models".
+    """
+
+    every: int = 20
+    learning_rate: float = 0.7
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
+            raise SettingError(f"LocalSteps(every={self.every!r}): expected a whole number of at least 1")
+        if not (self.learning_rate > 0 and 0 <= self.momentum < 1):
+            raise SettingError(
+                f"LocalSteps(learning_rate={self.learning_rate!r}, momentum={self.momentum!r}): expected a positive "
+                "rate, and a momentum of at least 0 and below 1"
+            )
+
+
+Update = Sync | Async | LocalSteps
+
+_BY_NAME: dict[str, type[Sync] | type[Async] | type[LocalSteps]] = {
+    "sync": Sync,
+    "async": Async,
+    "local_steps": LocalSteps,
+}
+
+
+def update_of(given: str | Update) -> Update:
+    """What a user's word stands for. Raises: SettingError for an unknown one."""
+    if isinstance(given, Sync | Async | LocalSteps):
+        return given
+    if given not in _BY_NAME:
+        raise SettingError(
+            f"update={given!r}: expected one of {', '.join(map(repr, _BY_NAME))}, or one of millrace.replicas' "
+            f"Sync(…), Async(…), LocalSteps(…). {did_you_mean(str(given), list(_BY_NAME))}"
+        )
+    return _BY_NAME[given]()
+
+
+def _check_counts(settings: Sync | Async, least: int) -> None:
+    for name, value in vars(settings).items():
+        if isinstance(value, bool) or value is None:
+            continue
+        if not isinstance(value, int) or value < least:
+            kind = type(settings).__name__
+            raise SettingError(f"{kind}({name}={value!r}): expected a whole number of at least {least}")
