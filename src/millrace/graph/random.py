@@ -31,6 +31,21 @@ def new_random(seed: int) -> Tensor:
     return torch.tensor([seed, 0], dtype=torch.int64)
 
 
+def slice_random(random: Tensor, index: int) -> Tensor:
+    """What slice `index` of a batch sees of the variable "random": a stream of its own, at the same counter.
+
+    Slice 0 sees the variable itself, so that one slice alone is a run without slices. The others' seeds are hashed, as
+    neighbouring numbers may be the seeds of other runs.
+
+    Args: random: int64[2] of (seed, counter). index: at least 0.
+    """
+    if index == 0:
+        return random
+    low, high = (_keys(torch.stack([random[0], torch.full_like(random[0], half)]), index)[0] for half in (0, 1))
+    seed = (low.to(torch.int64) & 0x7FFFFFFF) | ((high.to(torch.int64) & 0x7FFFFFFF) << 31)
+    return torch.stack([seed, random[1]])
+
+
 def _hash(x: Tensor) -> Tensor:
     """lowbias32 on int32 (arithmetic wraps; a mask makes the right shifts logical)."""
     x = x ^ ((x >> 16) & 0xFFFF)
