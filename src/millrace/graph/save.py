@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -41,6 +42,11 @@ def save_graph(graph: Graph, path: str | os.PathLike[str]) -> None:
     Raises: GraphError when the graph holds what no file can (a constant that is not dense, an operator without a
     name). OSError when the file cannot be written; what stood under `path` is then untouched.
     """
+    replace_bytes(Path(path), graph_bytes(graph))
+
+
+def graph_bytes(graph: Graph) -> bytes:
+    """What `save_graph` writes, to be sent. Raises: GraphError as `save_graph` does."""
     document, constants = _encode(graph)
     text = json.dumps(document, separators=(",", ":"), allow_nan=False)
     tensors = {name: _storable(tensor) for name, tensor in constants.items()}
@@ -51,7 +57,7 @@ def save_graph(graph: Graph, path: str | os.PathLike[str]) -> None:
         "graph": text,
         "sha256": _checksum(text, tensors),
     }
-    replace_bytes(Path(path), safetensors.torch.save(tensors, metadata))
+    return safetensors.torch.save(tensors, metadata)
 
 
 def load_graph(path: str | os.PathLike[str]) -> Graph:
@@ -70,6 +76,14 @@ def load_graph(path: str | os.PathLike[str]) -> Graph:
         raise GraphError(f"{path}, written with torch {metadata.get('torch')}: {error}") from error
     except _UNREADABLE as error:
         raise GraphError(f"{path} does not describe a graph: {type(error).__name__}: {error}") from error
+
+
+def graph_from_bytes(content: bytes) -> Graph:
+    """The graph of which `graph_bytes` made this, checked. Raises: GraphError as `load_graph` does."""
+    with tempfile.NamedTemporaryFile(prefix="millrace-graph-") as file:
+        file.write(content)
+        file.flush()
+        return load_graph(file.name)
 
 
 def graph_digest(graph: Graph) -> str:
