@@ -53,7 +53,7 @@ class DeviceWorker:
             answer: Message = getattr(self, f"_on_{message.kind}")(message.fields, message.tensors)
         except Exception as error:
             self.close()  # whoever waits for this device learns that nothing will come
-            return _error(error)
+            return error_message(error)
         return answer
 
     def close(self) -> None:
@@ -114,7 +114,8 @@ class DeviceWorker:
         return Message("done", done, values)
 
 
-def _error(error: Exception) -> Message:
+def error_message(error: Exception) -> Message:
+    """What a process answers when it could not do what it was told; `workers.answered_error` reads it."""
     known = type(error).__name__ if isinstance(error, MillraceError) else ""
     return Message("error", {"type": known, "text": str(error) if known else _in_words(error)})
 
@@ -139,7 +140,7 @@ def _begin(start: Mapping[str, Any]) -> DeviceWorker:
     if torch_device.type == "cuda":
         _take_gpu(start["device"], torch_device, start["memory_bytes"])
     elif start["memory_bytes"] is not None:
-        _hold_to(start["memory_bytes"])
+        hold_to(start["memory_bytes"])
 
     def meet(device: str, edges: Sequence[Edge], meeting: Meeting) -> Transport:
         return connect(device, edges, meeting, start["address"])
@@ -163,7 +164,7 @@ def _take_gpu(name: str, device: torch.device, memory_bytes: int | None) -> None
         torch.cuda.set_per_process_memory_fraction(min(1.0, memory_bytes / whole_bytes), device)
 
 
-def _hold_to(memory_bytes: int) -> None:
+def hold_to(memory_bytes: int) -> None:
     """Have the system refuse memory beyond what the process has now, so much more, and what libraries need (Linux)."""
     status = Path("/proc/self/status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith("VmData:"))
@@ -180,7 +181,7 @@ def main(arguments: list[str]) -> int:
     try:
         worker = _begin(start.fields)
     except Exception as error:
-        send(connection, _error(error), _FOREVER_S, "the driver")
+        send(connection, error_message(error), _FOREVER_S, "the driver")
         return 1
     send(connection, Message("ready", {"pid": os.getpid()}), _FOREVER_S, "the driver")
     while True:

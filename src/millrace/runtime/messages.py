@@ -10,7 +10,7 @@ import json
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,32 @@ class Message:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+def pieces(message: Message) -> list[memoryview]:
+    """The bytes that travel, one piece after the other. Those of tensors are the tensors' own memory: leave it alone
+    until they are sent."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in message.tensors.items()}
+    described = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()]
+    header = json.dumps({"kind": message.kind, "fields": dict(message.fields), "tensors": described}).encode()
+    contents = [t.cpu().reshape(-1).view(torch.uint8).numpy().data for t in tensors.values() if t.nbytes]
+    return [memoryview(_LENGTH.pack(len(header)) + header), *contents]
+
+
+def reading() -> Generator[memoryview, None, Message]:
+    """Read one message: yields memory to be filled from the connection before the next one is asked for."""
+    length = bytearray(_LENGTH.size)
+    yield memoryview(length)
+    header = bytearray(_LENGTH.unpack(length)[0])
+    yield memoryview(header)
+    described = json.loads(bytes(header))
+    tensors = {}
+    for name, dtype, shape in described["tensors"]:
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+        if tensor.nbytes:
+            yield tensor.reshape(-1).view(torch.uint8).numpy().data
+        tensors[name] = tensor
+    return Message(described["kind"], described["fields"], tensors)
+
+
 def send(connection: socket.socket, message: Message, timeout_s: float, who: str) -> None:
     """Write one message.
 
@@ -39,15 +65,10 @@ def send(connection: socket.socket, message: Message, timeout_s: float, who: str
 
     Raises: WorkerError when it has ended, or takes nothing for so long.
     """
-    tensors = {name: tensor.detach().contiguous() for name, tensor in message.tensors.items()}
-    described = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()]
-    header = json.dumps({"kind": message.kind, "fields": dict(message.fields), "tensors": described}).encode()
     connection.settimeout(min(timeout_s, LONGEST_WAIT_S))
     try:
-        connection.sendall(_LENGTH.pack(len(header)) + header)
-        for tensor in tensors.values():
-            if tensor.nbytes:
-                connection.sendall(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+        for piece in pieces(message):
+            connection.sendall(piece)
     except TimeoutError:
         raise WorkerError(silent(who, timeout_s)) from None
     except OSError:
@@ -62,22 +83,13 @@ def receive(connection: socket.socket, timeout_s: float, who: str) -> Message:
     Raises: WorkerError when it has ended, or the message is not whole in time.
     """
     deadline_s = time.monotonic() + timeout_s
-    (length,) = _LENGTH.unpack(_read(connection, _LENGTH.size, deadline_s, timeout_s, who))
-    header = json.loads(bytes(_read(connection, length, deadline_s, timeout_s, who)))
-    tensors = {}
-    for name, dtype, shape in header["tensors"]:
-        tensor = torch.empty(shape, dtype=getattr(torch, dtype))
-        if tensor.nbytes:
-            content = tensor.reshape(-1).view(torch.uint8).numpy().data
-            _fill(connection, content, deadline_s, timeout_s, who)
-        tensors[name] = tensor
-    return Message(header["kind"], header["fields"], tensors)
-
-
-def _read(connection: socket.socket, size: int, deadline_s: float, timeout_s: float, who: str) -> bytearray:
-    content = bytearray(size)
-    _fill(connection, memoryview(content), deadline_s, timeout_s, who)
-    return content
+    steps = reading()
+    try:
+        while True:
+            _fill(connection, next(steps), deadline_s, timeout_s, who)
+    except StopIteration as end:
+        message: Message = end.value
+        return message
 
 
 def _fill(connection: socket.socket, content: memoryview, deadline_s: float, timeout_s: float, who: str) -> None:

@@ -1,0 +1,85 @@
+"""A process that has imported all there is to import, said hello, and does what the driver gives it to do.
+
+As a process: `python -m millrace.replicas.member NAME PARENT_PID [--imports MODULE ...] [--memory-bytes N]`, with the
+driver's address, the run's token and its directory in the environment, which other users cannot read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from millrace.child_process import end_with
+from millrace.errors import SettingError, did_you_mean
+from millrace.replicas.line import Line
+from millrace.replicas.roles import ROLES
+from millrace.runtime.device_worker import error_message, hold_to
+from millrace.runtime.handshake import dial
+from millrace.runtime.messages import LONGEST_WAIT_S, Message
+
+_WARM = ("millrace.runtime.session", "millrace.compile.tiered")  # what roles need, so that they begin at once
+_DIAL_S = 30.0
+_USER_TIMEOUT_MS = 5000  # a cut cable is noticed when beats are not acknowledged for so long
+
+
+def environment(address: str, token: bytes, directory: Path) -> dict[str, str]:
+    """What a member finds in its environment."""
+    return {"MILLRACE_ADDRESS": address, "MILLRACE_TOKEN": token.hex(), "MILLRACE_DIRECTORY": str(directory)}
+
+
+def main(arguments: list[str]) -> int:
+    """Take roles until the driver ends, or one of them fails."""
+    parser = argparse.ArgumentParser(prog="python -m millrace.replicas.member")
+    parser.add_argument("name")
+    parser.add_argument("parent", type=int)
+    parser.add_argument("--imports", nargs="*", default=[])
+    parser.add_argument("--memory-bytes", type=int)
+    asked = parser.parse_args(arguments)
+    end_with(asked.parent)
+    for module in (*_WARM, *asked.imports):
+        importlib.import_module(module)
+    torch.ones(64, 64).matmul(torch.ones(64, 64))  # the first product starts threads
+    if asked.memory_bytes is not None:
+        hold_to(asked.memory_bytes)
+    line = _call_driver(asked.name, os.environ)
+    while True:
+        message = line.next(LONGEST_WAIT_S)
+        if message is None or message.kind != "role":
+            continue  # for the role before, which has returned
+        try:
+            _take(line, message)
+        except Exception as error:
+            traceback.print_exc()
+            line.say(error_message(error))
+            return 1
+
+
+def _take(line: Line, message: Message) -> None:
+    name = message.fields["role"]
+    if name not in ROLES:
+        raise SettingError(f"{line.name} was given the role {name!r}. {did_you_mean(name, list(ROLES))}")
+    ROLES[name](line, message)
+
+
+def _call_driver(name: str, variables: Mapping[str, str]) -> Line:
+    address, token = variables["MILLRACE_ADDRESS"], bytes.fromhex(variables["MILLRACE_TOKEN"])
+    hello = {"name": name, "pid": os.getpid(), "host": socket.gethostname()}
+    connection = dial(address, token, {**hello, "for": "line"}, _DIAL_S)
+    beat = dial(address, token, {**hello, "for": "beat"}, _DIAL_S)
+    if beat.family != socket.AF_UNIX and sys.platform == "linux":
+        beat.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
+    return Line(name, Path(variables["MILLRACE_DIRECTORY"]), token, connection, beat)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stderr.flush()
+    os._exit(code)  # other threads may be in the middle of anything

@@ -1,0 +1,12 @@
+"""What a member can be: name -> what it does until it returns, and is a spare again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from millrace.replicas.line import Line
+from millrace.runtime.messages import Message
+
+Role = Callable[[Line, Message], None]  # the message is the one that gave it the role
+
+ROLES: dict[str, Role] = {}
