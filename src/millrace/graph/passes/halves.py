@@ -177,7 +177,7 @@ class _Cut:
 
     def _candidates(self, node: Node, spec: TensorSpec, readers: Iterable[Node]) -> Iterator[str]:
         """Names that are the same when the step is traced for another batch."""
-        served = {info(reader).variable for reader in readers}
+        served = {info(reader).variable for reader in readers} - {"*"}
         owner = next(iter(served)) if len(served) == 1 else "*"
         shapes = {v.name: v.spec.shape for v in self._graph.variables}
         source = node
