@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--memory-bytes", type=int)
     asked = parser.parse_args(arguments)
     end_with(asked.parent)
-    for module in (*_WARM, *asked.imports):
+    for module in (*asked.imports, *_WARM):
         importlib.import_module(module)
     torch.ones(64, 64).matmul(torch.ones(64, 64))  # the first product starts threads
     if asked.memory_bytes is not None:
