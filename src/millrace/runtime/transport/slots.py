@@ -45,7 +45,7 @@ class Region:
     def step(self, number: int) -> int:
         """The last step that wrote the edge's slot; -1 before the first."""
         found = self._words[self._step_at[number]]
-        _order_memory()
+        order_memory()
         return found - 1
 
     def write(self, number: int, step: int, tensor: Tensor) -> None:
@@ -55,7 +55,7 @@ class Region:
             self._slots[number][: tensor.numel()].copy_(tensor)
         else:
             self._slots[number].copy_(tensor)
-        _order_memory()
+        order_memory()
         self._words[self._step_at[number]] = step + 1
 
     def tensor(self, number: int) -> Tensor:
@@ -117,7 +117,7 @@ def _slot(whole: Tensor, offset: int, spec: TensorSpec) -> Tensor:
     return whole[offset : offset + spec.size_bytes].view(spec.dtype).view(spec.shape)
 
 
-def _order_memory() -> None:
+def order_memory() -> None:
     """What was read or written before stays before what comes after, also on processors that reorder.
 
     Python has no fence. A lock that is given back is a release and one that is taken an acquisition, and an acquisition

@@ -1,0 +1,259 @@
+"""A group whose ranks may be on several hosts: gloo's collectives over TCP.
+
+What gloo is like, and how that is met:
+
+- An operation whose peer is frozen, and sometimes one whose peer was killed, ends only at the group's own time-out;
+  neither `abort` nor destroying the group frees it, and destroying waits for it. So operations are only asked whether
+  they are done, and a group is destroyed only when all of its operations are. Until then a count that nobody gives
+  back keeps it alive, also while the interpreter ends.
+- An abandoned operation may still write to its tensors when the peer goes on. gloo keeps those alive with it.
+- Which operations of two ranks belong together follows from the order in which each rank starts them.
+
+A bucket of float32 or float64 is reduced by gloo's ring. One that travels as bfloat16 would be rounded at every hop
+there. So every rank sends each other rank its share of the elements, rounded once; adds up what it got for its own
+share, in float32 (float64 for float64) and in the order of the ranks; and sends the sum, rounded once more, to all.
+With weights wᵣ and tensors gᵣ an element of the result is off by at most 2.01 · 2⁻⁸ · Σ |wᵣ gᵣ| within bfloat16's
+normal range, whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import BroadcastOptions, ProcessGroupGloo, Work
+
+from millrace.errors import SettingError, WorkerError
+from millrace.replicas.buckets import divide
+from millrace.replicas.collective import Group
+from millrace.replicas.rendezvous import GRACE_S, StoreAddress
+
+WIRES = (None, "bfloat16")
+_NARROWED_ELEMENTS = 1 << 22  # that travel together, so that sums are made while others are under way
+
+
+@dataclass
+class _Flight:
+    """Operations that follow each other. what: for messages. work: the one under way. then: what makes the next ones,
+    or only puts results where they belong."""
+
+    what: str
+    work: Work | None
+    then: list[Callable[[], Work | None]]
+
+
+class GlooGroup(Group):
+    """One rank's end."""
+
+    def __init__(
+        self,
+        store_address: StoreAddress,
+        generation: int,
+        rank: int,
+        size: int,
+        *,
+        abandoned: Callable[[], bool],
+        timeout_s: float,
+        host: str = "127.0.0.1",
+        wire: str | None = None,
+    ) -> None:
+        """The group, once all ranks have come.
+
+        Args:
+            store_address: of the driver's `Rendezvous`.
+            generation: no two groups at one store have the same.
+            rank, size: this process's number in the group, and how many there are.
+            abandoned: whether the driver has given this group up; asked during every wait.
+            timeout_s: seconds for the others to come, and later for any wait: far above what a step takes.
+            host: address of the network interface of this host that gradients go through.
+            wire: "bfloat16" halves what float32 gradients send, for networks slower than about 1 GB/s; its error is
+                stated above. None sends them as they are.
+
+        Raises:
+            WorkerError: the others did not come, the group was abandoned before, or the driver cannot be reached.
+        """
+        super().__init__(generation, rank, size, abandoned, timeout_s)
+        if wire not in WIRES:
+            raise SettingError(f"wire is one of {', '.join(map(repr, WIRES))}, not {wire!r}.")
+        self._wire = wire
+        self._flights: dict[int, list[_Flight]] = {}
+        self._buffers: dict[tuple[int, str], Tensor] = {}
+        self._kept: _Kept | None = None
+        _let_go_of_ended()
+        if size > 1:
+            group = self._patience.call(
+                lambda: _form(store_address, generation, rank, size, timeout_s, host),
+                f"the {size - 1} other rank(s) of generation {generation} at {store_address.host}:{store_address.port}",
+            )
+            self._kept = _Kept(group, [])
+
+    def _release(self) -> None:
+        if self._kept is not None:
+            _LEFT.append(self._kept)
+            self._kept = None
+        self._flights.clear()
+        self._buffers.clear()
+        _let_go_of_ended()
+
+    def _begin(self, bucket_index: int, tensors: tuple[Tensor, ...], weight: float) -> None:
+        what = f"bucket {bucket_index} ({sum(tensor.nbytes for tensor in tensors):,} bytes) of an all-reduce"
+        if self._wire is not None or tensors[0].dtype == torch.bfloat16:
+            self._flights[bucket_index] = self._narrowed(what, bucket_index, tensors, weight)
+        elif len(tensors) == 1 and tensors[0].is_contiguous():
+            tensors[0].mul_(weight)
+            self._flights[bucket_index] = [self._start(what, lambda group: group.allreduce([tensors[0]]))]
+        else:
+            flat = self._buffer((bucket_index, "packed"), tensors[0].dtype, sum(t.numel() for t in tensors))
+            _pack(tensors, weight, flat)
+            start = self._start(what, lambda group: group.allreduce([flat]), lambda: _unpack(tensors, flat))
+            self._flights[bucket_index] = [start]
+
+    def _narrowed(self, what: str, bucket_index: int, tensors: tuple[Tensor, ...], weight: float) -> list[_Flight]:
+        count = -(-sum(tensor.numel() for tensor in tensors) // self.size) * self.size
+        sent = self._buffer((bucket_index, "sent"), torch.bfloat16, count)
+        came = self._buffer((bucket_index, "came"), torch.bfloat16, count)
+        _pack(tensors, weight, sent)
+        wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+        length = _NARROWED_ELEMENTS // self.size * self.size
+        flights = [
+            self._narrowed_part(what, sent[at : at + length], came[at : at + length], wide)
+            for at in range(0, count, length)
+        ]
+        flights[-1].then.append(lambda: _unpack(tensors, sent))
+        return flights
+
+    def _narrowed_part(self, what: str, sent: Tensor, came: Tensor, wide: torch.dtype) -> _Flight:
+        def gather() -> Work:
+            shares = came.view(self.size, -1)
+            total = shares[0].to(wide)
+            for other in shares[1:]:
+                total += other
+            return self._operation(lambda group: group._allgather_base(sent, total.to(torch.bfloat16)))
+
+        return self._start(what, lambda group: group.alltoall_base(came, sent, [], []), gather)
+
+    def _finish(self, bucket_indices: Sequence[int]) -> None:
+        self._land([flight for bucket_index in bucket_indices for flight in self._flights[bucket_index]])
+        for bucket_index in bucket_indices:
+            del self._flights[bucket_index]
+
+    def _broadcast(self, tensors: Sequence[Tensor], source: int) -> None:
+        flights = []
+        for places in divide([tensor.nbytes for tensor in tensors], [None] * len(tensors)):
+            own = tuple(tensors[place] for place in places)
+            flat = own[0] if len(own) == 1 else torch.cat(own)
+            flights.append(self._broadcast_start(own, flat, source))
+        self._land(flights)
+
+    def _broadcast_start(self, own: tuple[Tensor, ...], flat: Tensor, source: int) -> _Flight:
+        options = BroadcastOptions()
+        options.rootRank, options.rootTensor = source, 0
+        unpack = [lambda: _unpack(own, flat)] if flat is not own[0] else []
+        what = f"{flat.nbytes:,} bytes from rank {source}"
+        return self._start(what, lambda group: group.broadcast([flat], options), *unpack)
+
+    def _start(self, what: str, operation: Callable[[Any], Work], *then: Callable[[], Work | None]) -> _Flight:
+        return _Flight(what, self._operation(operation), list(then))
+
+    def _operation(self, operation: Callable[[Any], Work]) -> Work:
+        """Hand one to gloo, which does it in a thread of its own."""
+        kept = self._kept
+        assert kept is not None  # a closed group has refused before
+        with _naming(self._patience.who, "the start of an operation"):
+            work = operation(kept.group)
+        kept.works = [*(w for w in kept.works if not w.is_completed()), work]
+        return work
+
+    def _land(self, flights: Sequence[_Flight]) -> None:
+        """Wait until all are done. They go on in the same order on all ranks, each to its second operation first."""
+        waiting = list(flights)
+        while waiting:
+            for flight in waiting:
+                self._advance(flight)
+            waiting = [flight for flight in waiting if flight.work is not None]
+
+    def _advance(self, flight: _Flight) -> None:
+        work, flight.work = flight.work, None
+        if work is not None:
+            self._patience.until(work.is_completed, lambda: flight.what)
+            with _naming(self._patience.who, flight.what):
+                work.wait()
+        while flight.then and flight.work is None:
+            flight.work = flight.then.pop(0)()
+
+    def _buffer(self, key: tuple[int, str], dtype: torch.dtype, count: int) -> Tensor:
+        """Space that is kept from step to step: fresh memory would cost about as much as the copy into it."""
+        found = self._buffers.get(key)
+        if found is None or found.dtype != dtype or found.numel() != count:
+            found = self._buffers[key] = torch.zeros(count, dtype=dtype)
+        return found
+
+
+@dataclass
+class _Kept:
+    """A group of gloo's, and its operations that may not be done. It is kept alive until `let_go`."""
+
+    group: ProcessGroupGloo
+    works: list[Work]
+
+    def __post_init__(self) -> None:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.group))
+
+    def let_go(self) -> None:
+        ctypes.pythonapi.Py_DecRef(ctypes.py_object(self.group))
+
+
+_LEFT: list[_Kept] = []
+
+
+def _let_go_of_ended() -> None:
+    """Destroy the closed groups of which no operation is under way any more."""
+    for kept in list(_LEFT):
+        if all(work.is_completed() for work in kept.works):
+            _LEFT.remove(kept)
+            kept.let_go()
+
+
+def _form(
+    address: StoreAddress, generation: int, rank: int, size: int, timeout_s: float, host: str
+) -> ProcessGroupGloo:
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._devices = [ProcessGroupGloo.create_device(hostname=host, lazy_init=False)]
+    options._timeout = datetime.timedelta(seconds=timeout_s + GRACE_S)
+    return ProcessGroupGloo(address.connect(generation, timeout_s), rank, size, options)
+
+
+@contextlib.contextmanager
+def _naming(who: str, what: str) -> Iterator[None]:
+    """What gloo raises, with who was at what."""
+    try:
+        yield
+    except RuntimeError as error:
+        first_line = str(error).partition("\n")[0].strip()
+        raise WorkerError(
+            f"{who} lost a member of its group in {what}: {first_line}. Make the next generation without it."
+        ) from error
+
+
+def _spaces(tensors: Sequence[Tensor], flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each tensor, and its space in the flat one, of its shape."""
+    at = 0
+    for tensor in tensors:
+        yield tensor, flat[at : at + tensor.numel()].view(tensor.shape)
+        at += tensor.numel()
+
+
+def _pack(tensors: Sequence[Tensor], weight: float, flat: Tensor) -> None:
+    for tensor, space in _spaces(tensors, flat):
+        torch.mul(tensor, weight, out=space)
+
+
+def _unpack(tensors: Sequence[Tensor], flat: Tensor) -> None:
+    for tensor, space in _spaces(tensors, flat):
+        tensor.copy_(space)

@@ -1,0 +1,339 @@
+"""Groups of real processes: what they add up, and what the survivors see when one of them is killed or stopped."""
+
+from __future__ import annotations
+
+import json
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from millrace.errors import SettingError, WorkerError
+from millrace.replicas.gloo_group import GlooGroup
+from millrace.replicas.rendezvous import GRACE_S, Rendezvous, StoreAddress
+from millrace.replicas.shared_group import SharedGroup
+
+PROGRAM = Path(__file__).with_name("collective_rank.py")
+KINDS = ["gloo", "shared"]
+# Of the sum of magnitudes. bfloat16 is rounded twice, by at most 2^-8 each.
+LIMITS = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 2.01 * 2**-8}
+HEARD_S = 1.0  # from the word that a group is abandoned to the error
+
+
+class Process:
+    """A `collective_rank.py`, and calls to it."""
+
+    def __init__(self) -> None:
+        self.program = subprocess.Popen(
+            [sys.executable, str(PROGRAM)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def tell(self, **message: Any) -> None:
+        assert self.program.stdin is not None
+        self.program.stdin.write(json.dumps(message) + "\n")
+        self.program.stdin.flush()
+
+    def hear(self, limit_s: float = 60.0) -> dict[str, Any]:
+        assert self.program.stdout is not None
+        assert select.select([self.program.stdout], [], [], limit_s)[0], "no answer"
+        heard: dict[str, Any] = json.loads(self.program.stdout.readline())
+        return heard
+
+    def kill(self) -> None:
+        self.program.kill()
+        self.program.wait()
+
+    def end(self) -> int | None:
+        """The exit status after its input has ended; None, and killed, if it does not end then."""
+        assert self.program.stdin is not None
+        self.program.stdin.close()
+        try:
+            return self.program.wait(timeout=10.0)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return None
+
+
+class Team:
+    """Processes that take the ranks, and the store where they meet."""
+
+    def __init__(self) -> None:
+        self.rendezvous = Rendezvous()
+        self.generation = 0
+        self.processes = [Process() for _ in range(4)]
+        assert [process.hear()["answer"] for process in self.processes] == ["ready"] * 4
+
+    def join(self, kind: str, size: int, timeout_s: float = 30.0, **more: Any) -> list[float]:
+        self.generation += 1
+        if kind == "shared":
+            more.setdefault("chunk_bytes", 1 << 17)  # so that there are more rounds than slots
+        where = self.rendezvous.address
+        for rank, process in enumerate(self.processes[:size]):
+            more.update(generation=self.generation, rank=rank, size=size, timeout_s=timeout_s)
+            process.tell(call="join", kind=kind, address=[where.host, where.port, where.prefix], **more)
+        return [process.hear()["answer"] for process in self.processes[:size]]
+
+    def all(self, size: int, call: str, **arguments: Any) -> list[Any]:
+        for process in self.processes[:size]:
+            process.tell(call=call, **arguments)
+        heard = [process.hear() for process in self.processes[:size]]
+        assert all("answer" in answer for answer in heard), heard
+        return [answer["answer"] for answer in heard]
+
+    def sums_are_right(self, size: int, seed: int, **arguments: Any) -> str:
+        """Reduce and compare with the plain sum; returns the bits that all ranks have."""
+        found = self.all(size, "reduce", seed=seed, **arguments)
+        limit = LIMITS[arguments.get("dtype", "float64")]
+        assert found[0]["error"] <= limit
+        assert len({answer["digest"] for answer in found}) == 1
+        bits: str = found[0]["digest"]
+        return bits
+
+
+@pytest.fixture(scope="module")
+def team() -> Iterator[Team]:
+    found = Team()
+    yield found
+    ends = [process.end() for process in found.processes]
+    found.rendezvous.close()
+    assert ends == [0] * 4, "a rank did not end by itself, or with an error"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_sums_are_the_same_bits_on_all_ranks_and_in_every_run(kind: str, size: int, team: Team) -> None:
+    cases: list[dict[str, Any]] = [{"dtype": dtype, "even": size == 4} for dtype in LIMITS]
+    cases.append({"large": True, "even": False})
+    runs: list[list[str]] = []
+    for _ in range(2):
+        team.join(kind, size)
+        runs.append([team.sums_are_right(size, seed, **case) for seed, case in enumerate(cases)])
+        team.all(size, "close")
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) == len(cases)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_bfloat16_on_the_wire_keeps_its_bound(size: int, team: Team) -> None:
+    team.join("gloo", size, wire="bfloat16")
+    for dtype in ("float32", "float64", "bfloat16"):
+        found = team.all(size, "reduce", seed=3, even=False, dtype=dtype)
+        assert len({answer["digest"] for answer in found}) == 1
+        assert LIMITS["float32"] < found[0]["error"] <= LIMITS["bfloat16"]
+    team.all(size, "close")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_of_one_host_and_of_several_agree(kind: str, team: Team) -> None:
+    """Two ranks add up two numbers: there is one right rounding."""
+    bits = []
+    for used in ("gloo", kind):
+        team.join(used, 2)
+        bits.append(team.sums_are_right(2, 11, even=False))
+        team.all(2, "close")
+    assert bits[0] == bits[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_buckets_under_way_together(kind: str, team: Team) -> None:
+    team.join(kind, 2)
+    for number in range(3):
+        team.all(2, "begin", bucket_index=number, seed=number)
+    together = team.all(2, "wait")
+    alone = []
+    for number in range(3):
+        team.all(2, "begin", bucket_index=0, seed=number)
+        alone.append(team.all(2, "wait")[0])
+    assert together[0] == together[1]
+    assert len(set(alone)) == 3
+    for number in range(3):
+        team.all(2, "begin", bucket_index=2 * number, seed=number)
+    assert team.all(2, "wait")[0] == together[0]
+    team.all(2, "close")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1, 3])
+def test_broadcast(kind: str, size: int, team: Team) -> None:
+    team.join(kind, size)
+    for source in (*range(size), 0):
+        assert team.all(size, "broadcast", seed=source, source=source) == [True] * size
+    team.sums_are_right(size, 5)
+    team.all(size, "close")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_cannot_be_reduced_is_refused_and_does_no_harm(kind: str, team: Team) -> None:
+    team.join(kind, 2)
+    said = team.all(2, "refused")[0]
+    for error, part in zip(said, ["tensor 1 is torch.int64", "meta", "nan", "mixes", "ranks 0 to 1"], strict=True):
+        assert error.startswith("SettingError")
+        assert part in error
+    team.sums_are_right(2, 6)
+    team.all(2, "close")
+
+
+def survivors_fail_when_told(team: Team, survivors: Sequence[Process]) -> None:
+    for process in survivors:
+        process.tell(abandon=True)
+    told_s = time.monotonic()
+    for process in survivors:
+        heard = process.hear(limit_s=HEARD_S)
+        assert heard["error"] == "WorkerError"
+        assert f"of 4 in generation {team.generation}" in heard["message"]
+        process.tell(call="reduce", seed=0)
+        heard = process.hear(limit_s=HEARD_S)
+        assert "can be used no more" in heard["message"]
+    assert time.monotonic() - told_s < HEARD_S
+
+
+def four_again(team: Team, kind: str) -> None:
+    """The next generation forms quickly and adds up correctly."""
+    assert max(team.join(kind, 4)) < 2.0
+    team.sums_are_right(4, 8, even=False)
+    team.all(4, "close")
+
+
+@pytest.mark.parametrize(
+    ("kind", "sign", "in_mid"),
+    [
+        ("gloo", signal.SIGKILL, True),
+        ("gloo", signal.SIGKILL, False),
+        ("gloo", signal.SIGSTOP, True),
+        ("shared", signal.SIGKILL, True),
+        ("shared", signal.SIGSTOP, True),
+    ],
+)
+def test_survivors_of_a_lost_rank_form_the_next_generation(
+    kind: str, sign: signal.Signals, in_mid: bool, team: Team
+) -> None:
+    """In mid: all reduce without a pause. Otherwise: the others wait, and the victim has not begun."""
+    replacement = Process()
+    assert replacement.hear()["answer"] == "ready"
+    team.join(kind, 4, timeout_s=20.0)
+    victim, survivors = team.processes[2], [team.processes[at] for at in (0, 1, 3)]
+    for process in team.processes if in_mid else survivors:
+        process.tell(call="reduce_on")
+    time.sleep(0.15)
+    victim.program.send_signal(sign)
+    time.sleep(0.05)
+    survivors_fail_when_told(team, survivors)
+    team.processes[2] = replacement
+    try:
+        assert max(team.join(kind, 4)) < 2.0  # while a stopped victim lives on
+        team.sums_are_right(4, 8, even=False)
+        team.all(4, "close")
+    finally:
+        victim.kill()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_waits_end_without_being_told(kind: str, team: Team) -> None:
+    team.join(kind, 2, timeout_s=0.5)
+    team.processes[0].tell(call="reduce", seed=0)
+    heard = team.processes[0].hear(limit_s=2.0)
+    assert heard["error"] == "WorkerError"
+    assert f"Rank 0 of 2 in generation {team.generation}" in heard["message"]
+    assert 0.4 < heard["seconds"] < 1.5
+    team.processes[1].tell(call="close")
+    team.processes[1].hear()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generations_leave_nothing_behind(kind: str, team: Team) -> None:
+    found = []
+    for generation in range(4):
+        team.join(kind, 3)
+        team.sums_are_right(3, generation)
+        team.all(3, "close")
+        found.append(team.all(3, "open"))
+    assert found[-1] == found[0]
+    assert [counts["maps"] for counts in found[0]] == [0, 0, 0]
+
+
+def test_what_abandoned_operations_hold_is_freed_when_they_have_ended(team: Team) -> None:
+    before = team.all(2, "open")[0]
+    team.join("gloo", 2, timeout_s=0.5)
+    team.processes[0].tell(call="reduce_on")
+    time.sleep(0.1)
+    team.processes[0].tell(abandon=True)
+    assert "abandoned" in team.processes[0].hear()["message"]
+    during = team.all(1, "open")[0]
+    team.processes[1].tell(call="close")
+    team.processes[1].hear()
+    time.sleep(0.5 + GRACE_S + 0.5)
+    team.join("gloo", 1)  # whoever makes a group looks for what has ended
+    after = team.all(1, "open")[0]
+    assert during["threads"] > before["threads"]
+    assert after["threads"] <= before["threads"]
+    assert after["files"] <= before["files"]
+
+
+class TestAlone:
+    """What a process sees that nobody joins."""
+
+    @pytest.fixture
+    def address(self) -> Iterator[StoreAddress]:
+        rendezvous = Rendezvous()
+        yield rendezvous.address
+        rendezvous.close()
+
+    @pytest.mark.parametrize("kind", [GlooGroup, SharedGroup])
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_nobody_else_comes(self, kind: Any, rank: int, address: StoreAddress) -> None:
+        begun_s = time.monotonic()
+        with pytest.raises(WorkerError, match=f"Rank {rank} of 2 in generation 7 waited 0.2 s for"):
+            kind(address, 7, rank, 2, abandoned=lambda: False, timeout_s=0.2)
+        assert time.monotonic() - begun_s < 1.0
+
+    @pytest.mark.parametrize("kind", [GlooGroup, SharedGroup])
+    def test_the_group_is_abandoned_before_it_has_formed(self, kind: Any, address: StoreAddress) -> None:
+        begun_s = time.monotonic()
+        with pytest.raises(WorkerError, match="abandoned"):
+            kind(address, 7, 0, 2, abandoned=lambda: time.monotonic() - begun_s > 0.1, timeout_s=3.0)
+        assert time.monotonic() - begun_s < 1.0
+
+    @pytest.mark.parametrize("kind", [GlooGroup, SharedGroup])
+    def test_there_is_no_driver(self, kind: Any) -> None:
+        rendezvous = Rendezvous()
+        rendezvous.close()
+        begun_s = time.monotonic()
+        with pytest.raises(WorkerError, match="generation 1"):
+            kind(rendezvous.address, 1, 0, 2, abandoned=lambda: False, timeout_s=0.5)
+        assert time.monotonic() - begun_s < 1.5
+
+    def test_wrong_settings(self, address: StoreAddress) -> None:
+        with pytest.raises(SettingError, match="ranks 0 to 1, not 2"):
+            GlooGroup(address, 1, 2, 2, abandoned=lambda: False, timeout_s=1.0)
+        with pytest.raises(SettingError, match="bfloat16"):
+            GlooGroup(address, 1, 0, 1, abandoned=lambda: False, timeout_s=1.0, wire="int8")
+        with pytest.raises(WorkerError, match=r"192\.0\.2\.1"):
+            Rendezvous("192.0.2.1")
+
+    @pytest.mark.parametrize("kind", [GlooGroup, SharedGroup])
+    def test_buckets_begin_in_rising_order(self, kind: Any, address: StoreAddress) -> None:
+        group = kind(address, 1, 0, 1, abandoned=lambda: False, timeout_s=1.0)
+        handle = group.all_reduce_begin(3, [torch.ones(2)], 1.0)
+        with pytest.raises(SettingError, match="rise"):
+            group.all_reduce_begin(3, [torch.ones(2)], 1.0)
+        group.wait([handle])
+        group.all_reduce_begin(0, [torch.ones(2)], 1.0)
+        group.close()
+        with pytest.raises(WorkerError, match="it is closed"):
+            group.all_reduce([torch.ones(2)], 1.0)
+
+    def test_the_store_listens_at_one_address_only(self, address: StoreAddress) -> None:
+        found = []
+        for table in ("tcp", "tcp6"):
+            for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+                _, local, _, state = line.split()[:4]
+                if state == "0A" and local.endswith(f":{address.port:04X}"):
+                    found.append(local)
+        assert found == [f"0100007F:{address.port:04X}"]
