@@ -1,3 +1,4 @@
+<<<<<<< HEAD
 """A batch in slices, one for every replica, and their results put together again."""
 
 from __future__ import annotations
@@ -66,3 +67,24 @@ def wholes_of(graph: Graph, results: Sequence[Mapping[str, Tensor]], sizes: Sequ
     examples = graph.feeds[0].spec.shape[0] if graph.feeds else 0
     specs = {name: TensorSpec.of(graph.node(graph.fetches[name]).meta["val"]) for name in results[0]}
     return {name: whole_of(name, [one[name] for one in results], sizes, specs[name], examples) for name in results[0]}
+=======
+"""Which worker computes which slices of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def share_slices(seats: Sequence[int], slices: int) -> tuple[tuple[int, ...], ...]:
+    """The slices of each of the workers that sit on `seats`.
+
+    A worker has the slice of its own seat's number; those of empty seats are dealt out one by one from the first
+    worker on, so that nobody has two more than another.
+
+    Args: seats: ascending, each in 0..slices-1; at least one. slices: how many there are.
+    """
+    shares = [[seat] for seat in seats]
+    for turn, slice_ in enumerate(sorted(set(range(slices)) - set(seats))):
+        shares[turn % len(shares)].append(slice_)
+    return tuple(tuple(sorted(share)) for share in shares)
+>>>>>>> 3c6637e (Deciding halves of a synchronous collective run: driver, worker, their protocol; and a small world to try them in)

@@ -1,0 +1,375 @@
+"""What the driver of a synchronous collective run does next: a state machine without I/O, clocks or tensors.
+
+It decides who is a worker, who is in which group, who computes which slices, and which step is done. What it builds on:
+
+- A worker has committed all that it can before it answers "abandon", so that after the answers of all survivors nothing
+  moves, and the furthest of them has the state of a run without faults.
+- A step is reported done when every worker of the group has committed it, never before: from then on it is lost only
+  with all of them.
+
+See docs/replicas-protocol.md; checked for all orders of events on a small scale by tests/replicas/test_model_check.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from millrace.errors import WorkerError
+from millrace.replicas.protocol import (
+    NOTHING,
+    DriverCommand,
+    DriverEvent,
+    Expect,
+    Failed,
+    Fields,
+    Joined,
+    Lost,
+    ReadWanted,
+    Resized,
+    Said,
+    StartMembers,
+    StepDone,
+    StepWanted,
+    Stop,
+    Story,
+    Tell,
+    VariablesRead,
+)
+from millrace.replicas.slices import share_slices
+
+# What a member is doing, as the driver knows it. The first three need no answer.
+SPARE, FREE, READY = "spare", "free", "ready"  # no role yet; in no group; in the group, idle
+ROLE, FORM, STEP, READ, ABANDON = "role", "form", "step", "read", "abandon"  # was told so, and has not answered
+IN_GROUP = (FORM, STEP, READ)  # has to abandon before another group is formed
+OWES = frozenset({ROLE, *IN_GROUP, ABANDON})
+
+# Phases of the driver.
+GATHERING, FORMING, IDLE, STEPPING, FAILED = "gathering", "forming", "idle", "stepping", "failed"
+
+
+@dataclass(frozen=True)
+class Member:
+    """What the driver knows of a process that has joined.
+
+    seat: its place among the workers, which is the slice it normally computes; None: a spare.
+    committed: the step of its variables. awaited: the next group is not formed before it has taken its role.
+    """
+
+    doing: str = SPARE
+    seat: int | None = None
+    committed: int = NOTHING
+    awaited: bool = False
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A step that is wanted and not reported done. slices: by worker, once handed out. results: what came so far."""
+
+    step: int
+    weights: tuple[float, ...]
+    slices: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    results: dict[str, Fields] = field(default_factory=dict)
+
+
+class Coordinator:
+    """The deciding half of the driver. All attributes are immutable values, or dicts of such.
+
+    phase: gathering (until nothing moves any more and a group can be formed), forming, idle (in a group, no step),
+    stepping, failed. seats: slices of the step in flight, and places for workers. replicas: the same from the next
+    step on. reported: the last step reported done. losses, breaks: members lost, and groups that broke without a loss,
+    since a step was done.
+    """
+
+    def __init__(
+        self,
+        replicas: int,
+        *,
+        spares: int = 0,
+        committed: int = 0,
+        max_losses: int | None = None,
+        max_breaks: int = 3,
+    ) -> None:
+        """A driver before its first event.
+
+        Args: spares: how many members without a role to keep. committed: the step of the variables that the run starts
+            with. max_losses: so many without a step in between, and no more members are started (default: three times
+            all members). max_breaks: so many groups may break in a row although all their members live.
+        """
+        self.replicas = self.seats = replicas
+        self.spares = spares
+        self.initial = self.reported = committed
+        self.max_losses = max_losses
+        self.max_breaks = max_breaks
+        self.phase = GATHERING
+        self.generation = 0
+        self.group: tuple[str, ...] = ()  # of this generation, by rank
+        self.members: dict[str, Member] = {}  # in the order in which they joined
+        self.starting = 0
+        self.losses = self.breaks = 0
+        self.last_loss = "nobody was lost"
+        self.flight: Flight | None = None
+        self.read_wanted = False
+        self._commands: list[DriverCommand] = []
+
+    def start(self) -> list[DriverCommand]:
+        """What to do before the first event."""
+        self._settle()
+        return self._taken()
+
+    def handle(self, event: DriverEvent) -> list[DriverCommand]:
+        """What to do now, in this order.
+
+        Raises: WorkerError when a step is wanted out of turn, or a worker says what cannot be.
+        """
+        if self.phase == FAILED:
+            return []
+        match event:
+            case Joined(member):
+                self.starting -= 1
+                self.members[member] = Member()
+                self._story(f"{member} has joined")
+            case Lost(member, why):
+                self._lost(member, why)
+            case Said(member, kind, fields):
+                self._said(member, kind, fields)
+            case StepWanted(step, weights):
+                self._want(step, weights)
+            case Resized(replicas):
+                self.replicas = replicas
+                self._story(f"{replicas} replicas from the next step on")
+            case ReadWanted():
+                self.read_wanted = True
+                self._story("the variables are wanted")
+        # Who stands by is waited for; who has just joined is not, and is taken in between two steps.
+        self._settle(warm=not isinstance(event, Joined) or self.generation == 0)
+        return self._taken()
+
+    # --- events -------------------------------------------------------------------------------------------------------
+
+    def _want(self, step: int, weights: tuple[float, ...]) -> None:
+        if self.flight is not None or step != self.reported + 1 or len(weights) != self.replicas:
+            raise WorkerError(
+                f"A step {step} of {len(weights)} slices was asked for; expected was step {self.reported + 1} of "
+                f"{self.replicas}, after the one before it is done. Give one step at a time, a slice to each replica."
+            )
+        self.flight = Flight(step, weights)
+        self._story(f"step {step} of {len(weights)} slices is wanted")
+
+    def _lost(self, name: str, why: str) -> None:
+        self.losses, self.breaks, self.last_loss = self.losses + 1, 0, f"{name}: {why}"
+        member = self.members.pop(name, None)
+        if member is None:
+            self.starting -= 1
+            self._story(f"{name} was started and never joined: {why}")
+            return
+        self._story(f"{name} was lost, seat {member.seat}, doing {member.doing!r}: {why}")
+        if member.seat is not None and member.doing not in (FREE, ROLE):
+            self._gather(f"{name} was lost")
+
+    def _said(self, name: str, kind: str, fields: Fields) -> None:
+        member = self.members.get(name)
+        if member is None or fields.get("generation", self.generation) != self.generation:
+            self._story(f"dropped {kind!r} of {name}: it is gone, or speaks of an earlier generation")
+            return
+        match kind, member.doing:
+            case "ready", "role":
+                self._set(name, FREE, committed=fields["committed"])
+            case "formed", "form":
+                self._set(name, READY, committed=fields["committed"])
+            case "done", "step" | "abandon":
+                self._done(name, member, fields)
+            case "abandoned", "abandon":
+                self._abandoned(name, fields)
+            case "values", "read" | "abandon":
+                self.read_wanted = False
+                self._commands.append(VariablesRead(name, fields["committed"], fields))
+                self._set(name, READY if member.doing == READ else ABANDON)
+            case "broken", "form" | "step":
+                self._broken(name, fields["why"])
+            case (("formed" | "broken"), "abandon"):
+                self._story(f"{name} says {kind!r}, and will answer 'abandon' next")
+            case _:
+                raise WorkerError(
+                    f"{name} says {kind!r} ({dict(fields)}), and the driver takes it for {member.doing!r} in "
+                    f"generation {self.generation}. They disagree on what came before; please report both logs."
+                )
+
+    def _done(self, name: str, member: Member, fields: Fields) -> None:
+        self._keep_results(name, fields["step"], fields)
+        self._set(name, READY if member.doing == STEP else ABANDON, committed=fields["step"])
+
+    def _abandoned(self, name: str, fields: Fields) -> None:
+        if fields["computed"] is not None:
+            self._keep_results(name, fields["computed"], fields)
+        self._set(name, FREE, committed=fields["committed"])
+
+    def _keep_results(self, name: str, step: int, fields: Fields) -> None:
+        if self.flight is None or self.flight.step != step:
+            raise WorkerError(f"{name} has results of step {step}, and {self.flight} is what was handed out.")
+        self.flight = replace(self.flight, results={**self.flight.results, name: fields})
+
+    def _broken(self, name: str, why: str) -> None:
+        self.breaks += 1
+        self._gather(f"the group broke at {name}: {why}")
+        if self.breaks > self.max_breaks:
+            self._fail(
+                f"the group broke {self.breaks} times in a row though all its members live; last at {name}: {why}"
+            )
+
+    # --- deciding -----------------------------------------------------------------------------------------------------
+
+    def _settle(self, warm: bool = True) -> None:
+        """Everything that follows from where we stand. warm: a seat that falls to somebody now is worth waiting for."""
+        if self.phase == FAILED:
+            return
+        self._fill_seats(warm)
+        if self.phase == GATHERING and self._gathered():
+            self._form()
+        if self.phase == FORMING and not self._workers(FORM):
+            self._enter(IDLE, f"generation {self.generation} is formed")
+            self._finish(self._furthest())
+        if self.phase == STEPPING and not self._workers(STEP):
+            self._enter(IDLE, f"all workers of generation {self.generation} are done")
+            self._finish(self._furthest())
+        if self.phase == IDLE:
+            self._next()
+
+    def _next(self) -> None:
+        """In a group that is idle: read, or take in who is new, or hand out the step that is wanted."""
+        if self.read_wanted and not self._workers(READ):
+            self._tell(self.group[0], "read", {"generation": self.generation}, READ)
+        if self._workers(READ) or self.flight is None:
+            return
+        if self.seats != len(self.flight.weights):
+            self._resize(len(self.flight.weights))
+        if self._awaited() or self._workers(READY, FREE) != self.group:
+            self._gather("the group is to change")
+            self._settle()
+        else:
+            self._hand_out(self.flight)
+
+    def _resize(self, seats: int) -> None:
+        """Change the number of seats; whoever loses its seat ends. Only in an idle group: there nobody is behind."""
+        self._story(f"{seats} seats instead of {self.seats}")
+        self.seats = seats
+        for name, member in list(self.members.items()):
+            if member.seat is not None and member.seat >= seats:
+                self._stop(name)
+        self._fill_seats(warm=True)
+
+    def _fill_seats(self, warm: bool) -> None:
+        """Empty seats go to spares, missing members are started, superfluous spares end."""
+        taken = {member.seat for member in self.members.values()}
+        empty = [seat for seat in range(self.seats) if seat not in taken]
+        spares = [name for name, member in self.members.items() if member.doing == SPARE]
+        for seat, name in zip(empty, spares, strict=False):
+            committed = self.initial if self.reported == self.initial else NOTHING
+            self.members[name] = Member(SPARE, seat, committed, awaited=warm)
+            self._tell(name, "role", {"committed": committed}, ROLE)
+        there = len(self.members) + self.starting
+        missing = self.replicas + self.spares - there
+        limit = 3 * (self.replicas + self.spares) if self.max_losses is None else self.max_losses
+        if missing > 0 and self.losses < limit:
+            self.starting += missing
+            self._story(f"{missing} more members are started")
+            self._commands.append(StartMembers(missing))
+        superfluous = there - max(self.replicas, self.seats) - self.spares
+        for name in spares[len(empty) :][: max(superfluous, 0)]:
+            self._stop(name)
+
+    def _gathered(self) -> bool:
+        """Whether nothing moves, and nobody is on the way who is worth waiting for."""
+        at_first = self.generation == 0 and self.starting > 0
+        everybody = sum(member.seat is not None for member in self.members.values()) == self.seats
+        return not self._workers(ABANDON) and not self._awaited() and (everybody or not at_first)
+
+    def _gather(self, why: str) -> None:
+        """Give up the group: who is doing something in it is told to abandon that."""
+        self._enter(GATHERING, why)
+        for name in self._workers(*IN_GROUP):
+            self._tell(name, "abandon", {"generation": self.generation}, ABANDON)
+
+    def _form(self) -> None:
+        """Make the next generation of all who can be in it; those behind take the variables of one who is furthest."""
+        group, furthest = self._workers(FREE, READY), self._furthest()
+        if furthest < self.reported:
+            # Before the first step is done, whoever starts is given variables that serve.
+            coming = any(member.committed >= self.reported for member in self.members.values())
+            if not coming and not (self.starting and self.reported == self.initial):
+                self._fail(f"nobody who has the variables of step {self.reported} is left; last loss: {self.last_loss}")
+            return
+        self.generation += 1
+        behind = [rank for rank, name in enumerate(group) if self.members[name].committed < furthest]
+        source = next(rank for rank in range(len(group)) if rank not in behind) if behind else None
+        self.group = group
+        self._enter(FORMING, f"generation {self.generation} of {', '.join(group)} at step {furthest}, behind: {behind}")
+        same = {"generation": self.generation, "size": len(group), "source": source, "behind": behind, "step": furthest}
+        for rank, name in enumerate(group):
+            self._tell(name, "form", {**same, "rank": rank}, FORM)
+
+    def _hand_out(self, flight: Flight) -> None:
+        seats = [seat for name in self.group if (seat := self.members[name].seat) is not None]
+        shares = dict(zip(self.group, share_slices(seats, self.seats), strict=True))
+        self.flight = replace(flight, slices=shares, results={})
+        self._enter(STEPPING, f"step {flight.step}: {shares}")
+        same = {"generation": self.generation, "step": flight.step, "total": sum(flight.weights)}
+        for name, slices in shares.items():
+            weights = [flight.weights[slice_] for slice_ in slices]
+            self._tell(name, "step", {**same, "slices": list(slices), "weights": weights}, STEP)
+
+    def _finish(self, committed: int) -> None:
+        """Report the step in flight, if that is what everybody has committed."""
+        flight = self.flight
+        if flight is None or committed != flight.step:
+            return
+        missing = sorted(s for name, slices in flight.slices.items() if name not in flight.results for s in slices)
+        slices = {name: flight.slices[name] for name in flight.results}
+        self.flight, self.reported, self.losses, self.breaks = None, flight.step, 0, 0
+        self._story(f"step {flight.step} is done" + (f", results of slices {missing} are lost" if missing else ""))
+        self._commands.append(StepDone(flight.step, flight.results, slices, tuple(missing)))
+
+    # --- small things -------------------------------------------------------------------------------------------------
+
+    def _workers(self, *doing: str) -> tuple[str, ...]:
+        """Members with a seat that are doing one of these, by seat."""
+        seated = [(m.seat, name) for name, m in self.members.items() if m.seat is not None and m.doing in doing]
+        return tuple(name for _, name in sorted(seated))
+
+    def _awaited(self) -> bool:
+        return any(member.awaited for member in self.members.values())
+
+    def _furthest(self) -> int:
+        return max((self.members[name].committed for name in self._workers(FREE, READY)), default=NOTHING)
+
+    def _tell(self, name: str, kind: str, fields: Fields, doing: str) -> None:
+        self._commands.append(Tell(name, kind, fields))
+        self._set(name, doing)
+
+    def _set(self, name: str, doing: str, committed: int | None = None) -> None:
+        """What a member is doing from now on; whoever owes an answer is expected to give it."""
+        member = self.members[name]
+        committed = member.committed if committed is None else committed
+        self.members[name] = replace(member, doing=doing, committed=committed, awaited=member.awaited and doing == ROLE)
+        self._story(f"{name}: {member.doing} → {doing}, step {committed} committed")
+        if doing != member.doing:
+            self._commands.append(Expect(name, doing if doing in OWES else None))
+
+    def _stop(self, name: str) -> None:
+        del self.members[name]
+        self._story(f"{name} is not needed any more")
+        self._commands.append(Stop(name))
+
+    def _enter(self, phase: str, why: str) -> None:
+        self._story(f"{self.phase} → {phase}: {why}")
+        self.phase = phase
+
+    def _fail(self, reason: str) -> None:
+        self._enter(FAILED, reason)
+        self._commands.append(Failed(reason))
+
+    def _story(self, text: str) -> None:
+        self._commands.append(Story(text))
+
+    def _taken(self) -> list[DriverCommand]:
+        commands, self._commands = self._commands, []
+        return commands
