@@ -46,6 +46,9 @@ OPERATORS: dict[str, Binary] = {
     "row": lambda x, _: x[1:2].expand(SIDE, SIDE),
     "split": lambda x, y: torch.cat([x.split(1)[0], y[1:]]),
     "matmul": lambda x, y: x @ y / SIDE,
+    "product added": lambda x, y: torch.addmm(x, y, y, alpha=0.5),
+    "norm": lambda x, y: torch.layer_norm(x + y, [SIDE]),
+    "parts of a sum": lambda x, y: (x * y + y) * (x * y),
     "same": lambda x, _: x,
 }
 
@@ -228,6 +231,47 @@ def peak_bytes(call: Callable[[], object]) -> int:
             now += event.nbytes()
             peak = max(peak, now)
     return peak
+
+
+def test_a_value_that_is_read_again_is_not_written_over() -> None:
+    """The gradient is clipped by a norm that reads it too; it is fetched; and its double is read through a view."""
+
+    def step(v: dict[str, Any], x: Tensor) -> dict[str, Tensor]:
+        gradient = torch.addmm(x * 2, x, x)
+        clipped = gradient / (gradient.norm() + 1)
+        double = gradient + gradient
+        turned = double.t()
+        v["w"] = v["w"] - clipped
+        return {"gradient": gradient, "turned": turned * 1.0, "less": double - 1, "sum": clipped + 1}
+
+    x = torch.arange(9.0).view(3, 3)
+    found = compile_eager(trace(step, {"w": torch.zeros(3, 3)}, x))([w := torch.zeros(3, 3)], [x.clone()])
+    expected = step(variables := {"w": torch.zeros(3, 3)}, x)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected.values(), strict=True))
+    assert torch.equal(w, variables["w"])
+
+
+def test_a_value_read_once_is_written_over() -> None:
+    def step(v: dict[str, Any], x: Tensor) -> Tensor:
+        return torch.addmm((x * 2 + v["w"]).sqrt() / 3, x, x)
+
+    graph = trace(step, {"w": torch.zeros(3, 3)}, torch.ones(3, 3))
+    written = [n.target for n in in_place(graph).graph.nodes if n.op == "call_function" and "_." in str(n.target)]
+    assert written == [torch.ops.aten.add_.Tensor, torch.ops.aten.div_.Tensor, torch.ops.aten.addmm_.default]
+    # One that lies otherwise than the result keeps its own memory: a later view may rest on how the result lies.
+    x = torch.arange(9.0).view(3, 3)
+    turned = trace(lambda _, x: torch.addmm(x.t() * 2, x, x).view(9), {}, x)
+    assert torch.equal(compile_eager(turned)([], [x])[0], (x.t() * 2 + x @ x).reshape(9))
+
+
+def test_a_feed_is_written_over_only_where_the_caller_gives_its_memory() -> None:
+    graph = trace(lambda v, x: (x + v["w"]) * 2, {"w": torch.ones(3)}, torch.zeros(3))
+    kept, given = torch.zeros(3), torch.zeros(3)
+    (first,) = compile_eager(graph)([torch.ones(3)], [kept])
+    (second,) = compile_eager(graph, [graph.feeds[0].name])([torch.ones(3)], [given])
+    assert torch.equal(first, second)
+    assert torch.equal(kept, torch.zeros(3))
+    assert second.data_ptr() == given.data_ptr()
 
 
 @pytest.mark.parametrize("strided", ["transposed", "every other", "channels last", "empty"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -14,14 +15,18 @@ from tests.graph.programs import run
 from torch import Tensor, nn
 
 import millrace
+from millrace.compile.in_place import in_place
 from millrace.errors import SettingError
 from millrace.graph.check import check
+from millrace.graph.flops import node_flops
 from millrace.graph.graph import Graph
-from millrace.graph.passes.microbatch import microbatch
+from millrace.graph.passes.microbatch import MICROBATCH, microbatch
 from millrace.graph.trace import trace
 from millrace.graph.training import training_graph
+from millrace.place.grouping import group
 
 SIZE = 12
+aten = torch.ops.aten
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -71,6 +76,40 @@ def test_training_in_parts_is_training_on_the_whole(
     expected = run(graph, graph.initial, list(batch()), steps=3)
     for got, wanted in zip(run(divided, graph.initial, parts_of(count), steps=3), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_the_product_that_is_a_gradient_is_added_to_the_sum_by_one_node() -> None:
+    whole = graph_of(5, 2, OPTIMIZERS[1])
+    divided = microbatch(whole, 3)
+    before, after = (Counter(node.target for node in graph.nodes) for graph in (whole, divided))
+    weights = 3
+    assert after[aten.addmm.default] == 3 * before[aten.addmm.default] + 2 * weights
+    assert after[aten.mm.default] == 3 * before[aten.mm.default] - 2 * weights
+    # Each in the memory of the one before.
+    written = Counter(node.target for node in in_place(divided).graph.nodes)
+    assert written[aten.addmm_.default] == 2 * weights
+    tasks = group(divided, lambda _: 1.0).tasks
+    for part in range(3):
+        gradients = [task for task in tasks if "gradients" in task.name and task.microbatch == part]
+        products = [n for task in gradients for n in task.nodes if n.target in (aten.mm.default, aten.addmm.default)]
+        assert len(products) == weights
+        assert all(node_flops(node) > 0 and node.meta[MICROBATCH] == part for node in products)
+
+
+def test_a_product_that_is_read_elsewhere_too_is_not_made_twice() -> None:
+    def step(v: dict[str, Any], x: Tensor) -> dict[str, Tensor]:
+        loss = (x @ v["w"]).square().mean()
+        (gradient,) = torch.autograd.grad(loss, [v["w"]])
+        size = gradient.square().sum()
+        v["w"] = v["w"] - 0.1 * gradient
+        return {"loss": loss, "size": size}
+
+    graph = trace(step, {"w": torch.ones(3, 3, requires_grad=True)}, torch.randn(4, 3))
+    divided = microbatch(graph, 2)
+    before, after = (Counter(node.target for node in g.nodes) for g in (graph, divided))
+    assert before[aten.mm.default] * 2 == after[aten.mm.default]
+    assert not after[aten.addmm.default]
+    check(divided)
 
 
 def test_each_part_draws_its_own_random_numbers_and_passes_statistics_on() -> None:

@@ -7,9 +7,10 @@ import random
 import threading
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
-from millrace.compile.eager import compile_eager
+from millrace.compile.in_place import assigned
 from millrace.errors import WorkerError
 from millrace.graph.graph import Graph
 from millrace.partition.cut import cut
@@ -72,11 +73,11 @@ def run_partition(
 
 
 def whole(graph: Graph, feeds: Sequence[Tensor], steps: int) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-    """The fetches of every step and the variables after the last, of the graph in one piece."""
+    """The fetches of every step and the variables after the last, of the graph in one piece, with nothing reused."""
     variables = [graph.initial[v.name].detach().clone() for v in graph.variables]
-    run, fetched = compile_eager(graph), []
+    run, fetched = torch.no_grad()(assigned(graph).forward), []
     for _ in range(steps):
-        fetched.append({n: t.clone() for n, t in zip(graph.fetches, run(variables, list(feeds)), strict=True)})
+        fetched.append({n: t.clone() for n, t in zip(graph.fetches, run(*variables, *feeds), strict=True)})
     return fetched, {v.name: t for v, t in zip(graph.variables, variables, strict=True)}
 
 

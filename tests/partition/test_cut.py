@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -14,9 +16,12 @@ from tests.graph.programs import Program, branch_graph, deep_graph, equal_bits, 
 from tests.partition.cases import random_partition, run_partition, whole
 from torch import Tensor, nn
 
+import millrace
+from millrace.compile.in_place import in_place
 from millrace.errors import GraphError
 from millrace.graph.check import check
 from millrace.graph.graph import Graph, feed_key
+from millrace.graph.passes.microbatch import microbatch
 from millrace.graph.passes.prune import prune
 from millrace.graph.scopes import scope_of
 from millrace.graph.trace import trace
@@ -24,8 +29,9 @@ from millrace.graph.training import training_graph
 from millrace.graph.values import is_cheap
 from millrace.partition.cut import cut
 from millrace.partition.pieces import Piece, greedy_pieces
-from millrace.partition.program import Partition, Recv, Run, Send
+from millrace.partition.program import DeviceProgram, Partition, Recv, Run, Send
 
+aten = torch.ops.aten
 DEVICES = ("/host:0/cpu:0", "/host:0/cpu:1", "/host:1/cpu:0")
 FOUR = (*DEVICES, "/host:1/cpu:1")
 # MILLRACE_CASES=5000 asks for thousands of random cuts instead of hundreds; a graph is traced for every five of them.
@@ -68,12 +74,25 @@ def invariants(graph: Graph, partition: Partition) -> None:
         assert have >= set(program.fetches)
     pairs = [(edge.value, edge.target) for edge in partition.edges]
     assert len(set(pairs)) == len(pairs)
+    for program in partition.programs.values():
+        readable_once(graph, partition, program)
     numbers = {type(i): [] for i in (Send(0), Recv(0))}
     for program in partition.programs.values():
         for instruction in program.instructions:
             if not isinstance(instruction, Run):
                 numbers[type(instruction)].append(instruction.edge)
     assert sorted(numbers[Send]) == sorted(numbers[Recv]) == list(range(len(partition.edges)))
+
+
+def readable_once(graph: Graph, partition: Partition, program: DeviceProgram) -> None:
+    """Assert that what a segment may write over was made here, and goes to nobody else."""
+    elsewhere = {edge.value for edge in partition.edges} | set(program.fetches) | set(graph.updates.values())
+    made: set[str] = set()
+    for instruction in program.instructions:
+        if isinstance(instruction, Run):
+            segment = program.segments[instruction.segment]
+            assert made - elsewhere >= set(segment.writable) <= set(instruction.forget)
+            made |= set(segment.outputs)
 
 
 @pytest.mark.timeout(60 + CASES)
@@ -111,7 +130,17 @@ def batch_norm() -> Graph:
     return training_graph(model.double(), lambda m, x: m(x).square().mean(), adam, torch.randn(2, 3, 8, 8).double())
 
 
-@pytest.mark.parametrize("make", [awkward, batch_norm, branch_graph, deep_graph, mlp_graph])
+def in_parts() -> Graph:
+    """A batch in three parts, with sums of gradients: of products, norms and biases; clipped, and so read twice."""
+    torch.manual_seed(0)
+    layers = {"in": nn.Linear(5, 6), "norm": nn.LayerNorm(6), "tanh": nn.Tanh(), "out": nn.Linear(6, 4)}
+    model = nn.Sequential(OrderedDict(layers)).double()
+    adam = millrace.optim.adam(0.01, clip_norm=0.1)
+    graph = training_graph(model, lambda m, x: m(x).pow(3).mean(), adam, torch.randn(6, 5).double())
+    return microbatch(graph, 3)
+
+
+@pytest.mark.parametrize("make", [awkward, batch_norm, branch_graph, deep_graph, in_parts, mlp_graph])
 @pytest.mark.parametrize("seed", range(12))
 def test_awkward_graphs_give_the_same_bits(make: Callable[[], Graph], seed: int) -> None:
     graph = make()
@@ -135,6 +164,38 @@ def test_a_chain_of_layers_on_two_devices_needs_three_segments_and_two_edges_and
     activations = [edge for edge in partition.edges if edge.spec.shape]
     assert [(e.source, e.target) for e in activations] == [DEVICES[:2], DEVICES[1::-1]]
     assert [len(partition.programs[name].segments) for name in DEVICES[:2]] == [3, 2]  # the last is the update
+    same(graph, partition)
+
+
+def pieces_in_order(graph: Graph, device_of: Mapping[str, str]) -> list[Piece]:
+    """The nodes in the graph's own order."""
+    runs = groupby((node.name for node in graph.nodes), device_of.__getitem__)
+    return [Piece(str(number), device, tuple(names)) for number, (device, names) in enumerate(runs)]
+
+
+def test_a_view_that_goes_from_segment_to_segment_is_not_written_over() -> None:
+    def step(_: Any, x: Tensor) -> dict[str, Tensor]:
+        whole = x * 2
+        return {"total": whole.t() + x.neg(), "sum": whole.sum()}
+
+    graph = trace(step, {}, torch.randn(3, 3))
+    device_of = {node.name: DEVICES[node.target is aten.neg.default] for node in graph.nodes}
+    partition = cut(graph, pieces_in_order(graph, device_of))
+    assert [len(partition.programs[name].segments) for name in DEVICES[:2]] == [2, 1]
+    same(graph, partition)
+
+
+def test_a_sum_that_goes_from_segment_to_segment_is_written_over() -> None:
+    graph = in_parts()
+    partition = cut(graph, pieces_in_order(graph, layers_on(graph, {"in": DEVICES[0]})))
+    segments = [segment for program in partition.programs.values() for segment in program.segments]
+    handed_on = {value for segment in segments for value in segment.writable}
+    sums = [node for node in graph.nodes if node.target is aten.addmm.default and node.args[0].op == "call_function"]
+    assert len(sums) == 4
+    assert handed_on.issuperset(node.args[0].name for node in sums)
+    written = Counter(n.target for s in segments for n in in_place(s.graph, s.writable).graph.nodes)
+    assert written[aten.addmm_.default] == len(sums)
+    invariants(graph, partition)
     same(graph, partition)
 
 

@@ -15,7 +15,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tests.graph.programs import Program, deep_graph, equal_bits, feeds_of, programs
 from tests.partition.cases import random_partition, whole
-from tests.partition.test_cut import awkward, batch_norm
+from tests.partition.test_cut import awkward, batch_norm, in_parts
 from torch import Tensor
 
 from millrace.graph.graph import Graph, feed_key
@@ -114,7 +114,7 @@ def test_random_programs_give_the_same_bits_on_processes(group: Group, program: 
         same(group, graph, seed + index)
 
 
-@pytest.mark.parametrize("make", [awkward, batch_norm, deep_graph])
+@pytest.mark.parametrize("make", [awkward, batch_norm, deep_graph, in_parts])
 @pytest.mark.parametrize("seed", range(3))
 def test_awkward_graphs_give_the_same_bits_on_processes(group: Group, make: type[Graph], seed: int) -> None:
     same(group, make(), seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -14,9 +14,12 @@ from millrace.graph.graph import Graph
 Compiled = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
 
 
-def compile_eager(graph: Graph) -> Compiled:
-    """A callable that runs `graph` with PyTorch's own kernels. Takes milliseconds to make."""
-    module = in_place(graph)
+def compile_eager(graph: Graph, writable: Collection[str] = ()) -> Compiled:
+    """A callable that runs `graph` with PyTorch's own kernels. Takes milliseconds to make.
+
+    Args: writable: feeds whose memory it may use for its results.
+    """
+    module = in_place(graph, writable)
     forward = module.forward
 
     @torch.no_grad()

@@ -2,12 +2,15 @@
 
 `assigned` is for a compiler that plans memory itself: the graph ends in `copy_` nodes. `in_place` is for the eager
 tier: where nothing reads a variable after its update begins, the chain of operators that makes the new value runs in
-the variable's own memory (`p - lr * g` becomes `p.sub_(lr * g)`), so that no copy of the parameters is ever made.
+the variable's own memory (`p - lr * g` becomes `p.sub_(lr * g)`), so that no copy of the parameters is ever made. And
+what is computed on the way and read once is written over by the operator that reads it, as the sum of a gradient over
+the parts of a batch is.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 
 import torch
 import torch.utils._pytree as pytree
@@ -15,7 +18,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
-from millrace.graph.graph import Graph, copy_fx, set_output
+from millrace.graph.aliases import makes_memory, may_alias
+from millrace.graph.graph import Graph, copy_fx, feed_key, set_output
 
 aten = torch.ops.aten
 
@@ -32,6 +36,8 @@ _IN_PLACE: dict[OpOverload, OpOverload] = {
     aten.index_put.default: aten.index_put_.default,
     aten.clamp.default: aten.clamp_.default,
 }
+# Its result lies row by row, which a variable need not.
+_OVER_VALUES = {**_IN_PLACE, aten.addmm.default: aten.addmm_.default}
 
 
 def assigned(graph: Graph) -> GraphModule:
@@ -39,12 +45,16 @@ def assigned(graph: Graph) -> GraphModule:
     return _with_assignments(graph, reuse_memory=False)
 
 
-def in_place(graph: Graph) -> GraphModule:
-    """The same, with updates computed in the variables' own memory where that is safe."""
-    return _with_assignments(graph, reuse_memory=True)
+def in_place(graph: Graph, writable: Collection[str] = ()) -> GraphModule:
+    """The same, with results computed in memory that is there already, where that is safe: the variables' own for their
+    new values, and that of a value which nothing else reads.
+
+    Args: writable: feeds that nobody reads afterwards, so that their memory may be used too.
+    """
+    return _with_assignments(graph, writable, reuse_memory=True)
 
 
-def _with_assignments(graph: Graph, *, reuse_memory: bool) -> GraphModule:
+def _with_assignments(graph: Graph, writable: Collection[str] = (), *, reuse_memory: bool) -> GraphModule:
     fx, mapping = copy_fx(graph.module)
     by_name = {old.name: new for old, new in mapping.items()}
     inputs = {name: mapping[node] for name, node in graph.placeholders().items()}
@@ -53,12 +63,14 @@ def _with_assignments(graph: Graph, *, reuse_memory: bool) -> GraphModule:
     output = next(iter(fx.find_nodes(op="output")))
     chains = _chains(fx, updates, set(fetched)) if reuse_memory else {}
     copies = [(variable, value) for variable, value in updates.items() if variable not in chains]
-    for link in (link for chain in chains.values() for link in chain):
-        link.target = _IN_PLACE[link.target]  # type: ignore[index]
+    links = {link for chain in chains.values() for link in chain}
+    given = {inputs[feed_key(name)] for name in writable}
+    for node in [*links, *(_overwriting(fx, given, links) if reuse_memory else [])]:
+        node.target = _OVER_VALUES[node.target]  # type: ignore[index]
     with fx.inserting_before(output):
         # A fetch must outlast later steps, which write over every variable, also over those this part only reads; and
         # what the caller does to it must reach neither the batch nor a constant of the graph.
-        kept = {node for node in fx.nodes if node.op in ("placeholder", "get_attr")}
+        kept = {node for node in fx.nodes if node.op in ("placeholder", "get_attr") and node not in given}
         results = [_own_memory(fx, node, kept) for node in fetched]
         # A value that is itself a variable's old value, or a view of one, must be saved from the assignments.
         saved = {value: _own_memory(fx, value, set(updates)) for _, value in copies}
@@ -98,6 +110,28 @@ def _chain(variable: Node, value: Node) -> list[Node]:
     return chain
 
 
+def _overwriting(graph: torch.fx.Graph, given: set[Node], links: set[Node]) -> list[Node]:
+    """The operators that may write their result over a value of no other use.
+
+    Args: given: inputs that may be written over. links: operators that write over a variable.
+    """
+    own = given | {node for node in graph.nodes if makes_memory(node)}
+    return [
+        node
+        for node in graph.nodes
+        if node.target in _OVER_VALUES and node not in links and node.args[0] in own and _is_only_reader(node)
+    ]
+
+
+def _is_only_reader(node: Node) -> bool:
+    """Whether nothing but `node` reads its first argument, and it only in that place, for a result that lies alike."""
+    first = node.args[0]
+    assert isinstance(first, Node)
+    others = pytree.tree_leaves((node.args[1:], node.kwargs))
+    alike = _same(node, first) and node.meta["val"].stride() == first.meta["val"].stride()
+    return alike and list(first.users) == [node] and first not in others
+
+
 def _same(node: Node, variable: Node) -> bool:
     a, b = node.meta.get("val"), variable.meta.get("val")
     return isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -114,34 +148,16 @@ def _read_before(old: Node, overwriting: Node, order: dict[Node, int]) -> bool:
                 continue
             if user.op == "output" or order[user] >= end:
                 return False
-            if user not in seen and _may_alias(user):
+            if user not in seen and may_alias(user):
                 seen.add(user)
                 waiting.append(user)
     return True
 
 
-def _may_alias(node: Node) -> bool:
-    """Whether the node's result may share memory with an argument."""
-    target = node.target
-    if not isinstance(target, OpOverload):
-        return True  # getitem of a view, control flow: assume so
-    return target.is_view or any(r.alias_info is not None for r in target._schema.returns) or target in _MAYBE_VIEWS
-
-
-# Their schemas promise new memory, or leave it open.
-_MAYBE_VIEWS = {
-    aten.reshape.default,
-    aten.contiguous.default,
-    aten._reshape_alias.default,
-    aten._unsafe_view.default,
-    aten.to.dtype,
-}
-
-
 def _own_memory(graph: torch.fx.Graph, node: Node, written: set[Node]) -> Node:
     """`node`, or a clone of it when it shares memory with one of the inputs that are `written`."""
     root = node
-    while root.op == "call_function" and _may_alias(root) and root.args and isinstance(root.args[0], Node):
+    while root.op == "call_function" and may_alias(root) and root.args and isinstance(root.args[0], Node):
         root = root.args[0]
     if root not in written:
         return node

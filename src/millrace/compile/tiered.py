@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -22,16 +22,19 @@ Say = Callable[[str], None]
 
 
 class Runner:
-    """Runs one graph under one of the tiers. `tier` tells which callable the last call used."""
+    """Runs one graph under one of the tiers. `tier` tells which callable the last call used.
 
-    def __init__(self, graph: Graph, compile: str, say: Say) -> None:
+    Args: writable: feeds whose memory an eager call may use for its results.
+    """
+
+    def __init__(self, graph: Graph, compile: str, say: Say, writable: Collection[str] = ()) -> None:
         if compile not in TIERS:
             raise SettingError(f"compile={compile!r}: expected one of {', '.join(TIERS)}")
         keep_freed_memory()
         self.tier = "eager"
         self._graph = graph
         self._say = say
-        self._run = compile_eager(graph)
+        self._run = compile_eager(graph, writable)
         self._small = is_small(graph)
         self._calls = 0
         self._wanted = compile if graph.nodes else "settled"  # nothing to compile

@@ -26,7 +26,7 @@ def save_program(program: DeviceProgram, edges: Sequence[Edge], directory: Path)
         "feeds": program.feeds,
         "fetches": program.fetches,
         "sent_variables": dict(program.sent_variables),
-        "segments": [{"inputs": s.inputs, "tasks": s.tasks} for s in program.segments],
+        "segments": [{"inputs": s.inputs, "tasks": s.tasks, "writable": s.writable} for s in program.segments],
         "instructions": [_encode(instruction) for instruction in program.instructions],
         "edges": [
             [e.number, e.source, e.target, e.value, list(e.spec.shape), str(e.spec.dtype)[len("torch.") :], e.codec]
@@ -40,7 +40,12 @@ def load_program(directory: Path) -> tuple[DeviceProgram, tuple[Edge, ...]]:
     """What `save_program` wrote; `variables` are those that the segments name. Raises: OSError, GraphError."""
     document = json.loads((directory / _PROGRAM).read_bytes())
     segments = tuple(
-        Segment(load_graph(directory / f"segment-{index}.graph"), tuple(s["inputs"]), tuple(s["tasks"]))
+        Segment(
+            load_graph(directory / f"segment-{index}.graph"),
+            tuple(s["inputs"]),
+            tuple(s["tasks"]),
+            tuple(s["writable"]),
+        )
         for index, s in enumerate(document["segments"])
     )
     variables = {v.name: v for segment in segments for v in segment.graph.variables}

@@ -72,11 +72,13 @@ class Segment:
 
     inputs: what its feeds are, in order: "feed:NAME" for a feed of the step, otherwise the name of a value that this
         device has made or received. tasks: the names of the parts of the graph in it.
+    writable: inputs that were made on this device and are read here only: the segment may write over them.
     """
 
     graph: Graph
     inputs: tuple[str, ...]
     tasks: tuple[str, ...] = ()
+    writable: tuple[str, ...] = ()
 
     @property
     def outputs(self) -> tuple[str, ...]:

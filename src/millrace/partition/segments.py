@@ -9,6 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch.fx import Node
 
+from millrace.graph.aliases import makes_memory
 from millrace.graph.graph import Graph, feed_key, set_output, step_module
 from millrace.graph.signature import Feed, TensorSpec
 from millrace.graph.values import is_cheap, reads_of
@@ -57,6 +58,7 @@ class _Builder:
         self._feed_of = {inputs[feed_key(f.name)]: feed_key(f.name) for f in graph.feeds}
         self._sent = {edge.value for edge in edges if edge.source == outline.device}
         self._reads = [reads_of(nodes) for nodes in outline.segments]
+        self._made = {node for nodes in outline.segments for node in nodes}
         self._late = self._late_variables()
         self._wanted = self._values_wanted()
         before = fetched | {node.name for node in self._late.values() if node.op == "placeholder"}
@@ -169,7 +171,11 @@ class _Builder:
             updates={variable: node.name for variable, node in new_values.items()},
             feed_tree=pytree.treespec_dumps(pytree.tree_structure(tuple(range(len(fed))))),
         )
-        return Segment(whole, tuple(names), tuple(tasks))
+        return Segment(whole, tuple(names), tuple(tasks), tuple(n.name for n in fed if self._is_writable(n, own)))
+
+    def _is_writable(self, node: Node, own: set[Node]) -> bool:
+        """Whether only the segment of these nodes has a value. What was received lies in the transport's memory."""
+        return node in self._made and makes_memory(node) and own.issuperset(node.users)
 
 
 def _input(fx: torch.fx.Graph, node: Node) -> Node:

@@ -50,7 +50,9 @@ class DeviceRunner:
             graphs = [to_device(graph, device) for graph in graphs]
         self._staging = Staging(device, [edge for edge in edges if edge.target == program.device])
         self._values_of = {edge.number: edge.value for edge in edges}
-        self._runners = [Runner(graph, compile, say) for graph in graphs]
+        # What a compiler returns may share memory in ways that the graph does not show.
+        writable = [segment.writable if compile == "eager" else () for segment in program.segments]
+        self._runners = [Runner(graph, compile, say, names) for graph, names in zip(graphs, writable, strict=True)]
         self._strides = [feed_strides(graph) for graph in graphs]
         self._variables = [[variables[v.name] for v in graph.variables] for graph in graphs]
         self._sent_variables = {value: variables[name] for value, name in program.sent_variables.items()}

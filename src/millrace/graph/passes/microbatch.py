@@ -87,7 +87,8 @@ class _Parts:
         variables = {self._inputs[name]: node for name, node in self._values.items()}
         sources = [self._inputs[feed_key(feed.name)] for feed in self._part.feeds]
         feeds = [[self._input(node, f"part{i}_{node.name}") for node in sources] for i in range(self._count)]
-        added = self._read_by_update() | {self._part.node(n) for n in self._part.fetches.values()}
+        fetched = {self._part.node(n) for n in self._part.fetches.values()}
+        added = self._read_by_update() | (fetched & self._repeated)
         for index in range(self._count):
             self._append(index, dict(zip(sources, feeds[index], strict=True)))
             for node in self._part.fx.nodes:  # at once, so that no part's gradients are kept
@@ -203,9 +204,14 @@ class _Parts:
         before = self._sums.get(node)
         self._sums[node] = value
         if before is not None:
-            total = _made(self._fx.call_function(aten.add.Tensor, (before, value)), node, node.meta["val"])
+            product = value.target is aten.mm.default and value.meta["val"].is_floating_point() and not value.users
+            with self._fx.inserting_after(value):  # so that neither the value nor what it is made of is kept
+                if product:  # one operator adds the product to the sum
+                    total = self._fx.call_function(aten.addmm.default, (before, *value.args))
+                else:
+                    total = self._fx.call_function(aten.add.Tensor, (before, value))
+            self._sums[node] = _made(total, node, node.meta["val"])
             total.meta[MICROBATCH] = value.meta[MICROBATCH]
-            self._sums[node] = total
 
     def _mean(self, node: Node) -> Node:
         scaled = self._fx.call_function(aten.mul.Tensor, (self._sums[node], 1.0 / self._count))
