@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
 
+from tests.replicas.explore import Violation
+
 from millrace.replicas import coordinator, protocol
 from millrace.replicas.coordinator import Coordinator
 from millrace.replicas.protocol import NOTHING
 from millrace.replicas.worker_state import WorkerState
-from tests.replicas.explore import Violation
 
 Variables = tuple[tuple[int, frozenset[int]], ...]
 

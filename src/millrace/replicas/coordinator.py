@@ -35,7 +35,7 @@ from millrace.replicas.protocol import (
     Tell,
     VariablesRead,
 )
-from millrace.replicas.slices import share_slices
+from millrace.replicas.shares import share_slices
 
 # What a member is doing, as the driver knows it. The first three need no answer.
 SPARE, FREE, READY = "spare", "free", "ready"  # no role yet; in no group; in the group, idle

@@ -25,8 +25,8 @@ _NEW = "new/"  # begins the fetch of a variable's value after the forward pass
 class Computed:
     """What some slices of a batch gave.
 
-    fetches: of every slice, the user's. means: what all workers' are to be added to: gradients and floating buffers, each
-    the sum over the slices times their weights. others: new values of variables that need no mean.
+    fetches: of every slice, the user's. means: what is to be added over the workers: gradients and floating buffers,
+    each the sum over the slices times their weights. others: new values of variables that need no mean.
     """
 
     fetches: tuple[Mapping[str, Tensor], ...]

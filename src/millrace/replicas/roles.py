@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from millrace.replicas.line import Line
+from millrace.replicas.worker import worker
 from millrace.runtime.messages import Message
 
 Role = Callable[[Line, Message], None]  # the message is the one that gave it the role
 
-ROLES: dict[str, Role] = {}
+ROLES: dict[str, Role] = {"worker": worker}

@@ -53,7 +53,7 @@ class Async:
 
 @dataclass(frozen=True)
 class LocalSteps:
-    """Every replica trains by itself for some steps; the mean of what they have changed is then a step of an outer rule.
+    """Every replica trains by itself for some steps; the mean of what they changed is then a step of an outer rule.
 
     every: how many steps. learning_rate, momentum: of the outer rule, Nesterov's; 1.0 and 0.0 average the variables.
 

@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 """A batch in slices, one for every replica, and their results put together again."""
 
 from __future__ import annotations
@@ -52,8 +51,8 @@ def whole_of(name: str, values: Sequence[Tensor], sizes: Sequence[int], traced: 
     if any(tuple(value.shape) != traced.shape for value in values):
         raise SettingError(
             f"replicas: the fetch {name!r} was {traced} for a batch of {examples} examples and is "
-            f"{', '.join(str(TensorSpec.of(value)) for value in values)} for slices of {', '.join(map(str, sizes))}; only "
-            "scalars and what has the batch as its first axis can be put together."
+            f"{', '.join(str(TensorSpec.of(value)) for value in values)} for slices of {', '.join(map(str, sizes))}; "
+            "only scalars and what has the batch as its first axis can be put together."
         )
     stacked = torch.stack(list(values))
     if not first.is_floating_point():
@@ -67,24 +66,3 @@ def wholes_of(graph: Graph, results: Sequence[Mapping[str, Tensor]], sizes: Sequ
     examples = graph.feeds[0].spec.shape[0] if graph.feeds else 0
     specs = {name: TensorSpec.of(graph.node(graph.fetches[name]).meta["val"]) for name in results[0]}
     return {name: whole_of(name, [one[name] for one in results], sizes, specs[name], examples) for name in results[0]}
-=======
-"""Which worker computes which slices of a step."""
-
-from __future__ import annotations
-
-from collections.abc import Sequence
-
-
-def share_slices(seats: Sequence[int], slices: int) -> tuple[tuple[int, ...], ...]:
-    """The slices of each of the workers that sit on `seats`.
-
-    A worker has the slice of its own seat's number; those of empty seats are dealt out one by one from the first
-    worker on, so that nobody has two more than another.
-
-    Args: seats: ascending, each in 0..slices-1; at least one. slices: how many there are.
-    """
-    shares = [[seat] for seat in seats]
-    for turn, slice_ in enumerate(sorted(set(range(slices)) - set(seats))):
-        shares[turn % len(shares)].append(slice_)
-    return tuple(tuple(sorted(share)) for share in shares)
->>>>>>> 3c6637e (Deciding halves of a synchronous collective run: driver, worker, their protocol; and a small world to try them in)

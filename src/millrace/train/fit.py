@@ -26,6 +26,7 @@ from millrace.train.evaluation import Evaluator
 from millrace.train.journal import Journal
 from millrace.train.plan import Plan, PlanSettings
 from millrace.train.progress import Progress
+from millrace.train.replicas import ReplicaRun
 from millrace.train.result import Result
 from millrace.train.run_directory import RunDirectory
 from millrace.train.saving import Place, Saver
@@ -78,6 +79,12 @@ def fit(
             wire: narrow what they send each other: "bfloat16", "int8", "zeros" (exact), or a mapping such as
             {"encoder.*": "int8"}; see docs/placement.md.
             The run directory then also has the placement and the timeline of a step: see `millrace.train.devices`.
+        replicas: train in so many processes at once, each with a slice of every batch; processes may die. The result is
+            that of one process (up to rounding). update: how they agree: "sync", "async", "local_steps", or one of
+            `millrace.replicas.settings` with more to say. cluster: where they run: None for processes of this machine,
+            "local" or an address for Ray. spares: how many more stand by. patience_s: how long one may show no
+            progress (None: from the measured steps). drop_failing: replace a process in which the model's own code
+            raised, instead of ending with its error. See docs/replicas.md.
         steps_per_call: run this many steps in one compiled call (for small models).
         seed: of the data's order and of the step's random numbers (not of the model's initial weights).
         evaluate_every, checkpoint_every: in steps; by default at the end of every epoch.
@@ -122,6 +129,7 @@ def fit(
         )
         evaluator = Evaluator(model, loss, precision=plan.precision, compile=plan.compile, say=progress.message)
         devices = None if plan.devices is None else DeviceRun(plan, progress.message)
+        replicas = None if plan.replicas is None else ReplicaRun(plan, progress.message)
         trainer = Trainer(
             plan,
             lambda batch: split(
@@ -137,7 +145,11 @@ def fit(
                 ),
                 plan.partitions,
             ),
-            devices.session if devices else lambda graph: Session(graph, compile=plan.compile, say=progress.message),
+            devices.session
+            if devices
+            else replicas.session
+            if replicas
+            else lambda graph: Session(graph, compile=plan.compile, say=progress.message),
             batches,
             evaluate=None if held_out is None else lambda: evaluator.means(held_out.one_pass()),
             callbacks=CallbackList([*([devices] if devices else []), *callbacks]),

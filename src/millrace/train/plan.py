@@ -15,6 +15,7 @@ from millrace.graph.training import PRECISIONS
 from millrace.place.cluster import Cluster
 from millrace.place.hints import Hints
 from millrace.place.wire import Wire
+from millrace.replicas.settings import Update, update_of
 from millrace.runtime.transport.choose import check_transport
 from millrace.train.early_stopping import EarlyStopping
 
@@ -36,6 +37,12 @@ class PlanSettings(TypedDict, total=False):
     time_chunks: int
     transport: str | None
     wire: Mapping[str, str] | str | None
+    replicas: int | None
+    update: str | Update
+    cluster: str | None
+    spares: int
+    patience_s: float | None
+    drop_failing: bool
     compile: str
     steps_per_call: int
     seed: int
@@ -53,7 +60,8 @@ class PlanSettings(TypedDict, total=False):
 
 
 _INTERVALS = ("evaluate_every", "checkpoint_every", "log_every")
-_COUNTS = ("steps", "epochs", "accumulate", "partitions", "microbatches", "time_chunks", "steps_per_call", *_INTERVALS)
+_PARTS = ("accumulate", "partitions", "microbatches", "replicas", "time_chunks")
+_COUNTS = ("steps", "epochs", *_PARTS, "steps_per_call", *_INTERVALS)
 FIXED = ("seed", "accumulate", "precision", "partitions")  # of a run: resumed, it keeps them
 
 
@@ -77,6 +85,12 @@ class Plan:
     time_chunks: int = 1
     transport: str | None = None
     wire: Mapping[str, str] | str | None = None
+    replicas: int | None = None
+    update: str | Update = "sync"
+    cluster: str | None = None
+    spares: int = 1
+    patience_s: float | None = None
+    drop_failing: bool = False
     compile: str = "tiered"
     steps_per_call: int = 1
     seed: int = 0
@@ -99,7 +113,7 @@ class Plan:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise SettingError(f"{name}={value!r}: expected a whole number of at least 1")
-        for name, least in (("keep_last", 1), ("keep_best", 0)):
+        for name, least in (("keep_last", 1), ("keep_best", 0), ("spares", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise SettingError(f"{name}={value!r}: expected a whole number of at least {least}")
@@ -132,6 +146,7 @@ class Plan:
             )
         check_transport(self.transport)
         Wire.of(self.wire)
+        self._check_replicas()
         if not isinstance(self.early_stopping, EarlyStopping | None):
             raise SettingError(
                 f"early_stopping={self.early_stopping!r}: expected an EarlyStopping, such as EarlyStopping(patience=3)"
@@ -140,6 +155,19 @@ class Plan:
             raise SettingError(f"run_dir={self.run_dir!r}: expected a path, True for a new one, or False for none")
         if self.schedule is not None and not callable(self.schedule):
             raise SettingError(f"schedule={self.schedule!r}: expected a function from the step to a factor")
+
+    def _check_replicas(self) -> None:
+        update_of(self.update)
+        if self.replicas is None and (self.cluster is not None or self.update != "sync"):
+            raise SettingError(
+                f"update={self.update!r} and cluster={self.cluster!r} are for replicas: say how many, by replicas=2"
+            )
+        if self.replicas is not None and self.devices is not None:
+            raise SettingError(
+                "replicas=… together with devices=… is not possible: each replica computes in one process. Choose one."
+            )
+        if self.patience_s is not None and not self.patience_s > 0:
+            raise SettingError(f"patience_s={self.patience_s!r}: expected seconds above 0, or None")
 
     def refuse_changes(self, before: Mapping[str, Any]) -> None:
         """Raise SettingError where a run that goes on would become another; `before` is its `as_config`."""

@@ -1,0 +1,183 @@
+"""The role of a worker: it holds a copy of the variables, computes slices, and adds up gradients with the others.
+
+What to do next is decided by `worker_state`; here it is done.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from millrace.errors import WorkerError
+from millrace.graph.save import graph_from_bytes
+from millrace.replicas.collective import Group
+from millrace.replicas.gloo_group import GlooGroup
+from millrace.replicas.line import Line
+from millrace.replicas.protocol import (
+    Adopt,
+    AllReduce,
+    Broadcast,
+    CollectiveFailed,
+    Computed,
+    ComputeSlices,
+    Formed,
+    FormGroup,
+    LeaveGroup,
+    Reduced,
+    Say,
+    Story,
+    Told,
+    Update,
+    Updated,
+    WorkerCommand,
+    WorkerEvent,
+)
+from millrace.replicas.rendezvous import StoreAddress
+from millrace.replicas.replica import Computed as Results
+from millrace.replicas.replica import Replica
+from millrace.replicas.worker_state import WorkerState
+from millrace.runtime.messages import LONGEST_WAIT_S, Message
+
+GRAPH, VARIABLE, UPDATE = "graph", "variable/", "update"  # begin the names of tensors beside messages
+
+
+def worker(line: Line, role: Message) -> None:
+    """Be a worker until the driver ends."""
+    _Worker(line, role).run()
+
+
+class _Worker:
+    def __init__(self, line: Line, role: Message) -> None:
+        self._line = line
+        self._state = WorkerState()
+        self._role = role
+        self._group: Group | None = None
+        self._feeds: Message | None = None  # of the step in flight
+        self._results: Results | None = None
+        self._slices: tuple[int, ...] = ()  # whose results those are
+        self._made: dict[str, Tensor] = {}  # fetches of the update
+        self._staged: dict[str, Tensor] = {}  # variables that were broadcast and are not adopted yet
+        update = graph_from_bytes(_bytes(role.tensors[GRAPH]))
+        given = {n.removeprefix(VARIABLE): t for n, t in role.tensors.items() if n.startswith(VARIABLE)}
+        self._replica = Replica(update, given, compile=role.fields["compile"], say=self._log)
+
+    def run(self) -> None:
+        self._handle(Told("role", self._role.fields))
+        while True:
+            message = self._line.next(LONGEST_WAIT_S)
+            if message is None:
+                continue
+            if message.kind == "program":
+                self._replica.load(message.fields["key"], graph_from_bytes(_bytes(message.tensors[GRAPH])))
+            elif message.kind == "write":
+                for name, value in message.tensors.items():
+                    self._replica.variables[name].copy_(value)
+            else:
+                if message.kind == "step":
+                    self._feeds = message
+                self._handle(Told(message.kind, message.fields))
+
+    def _handle(self, event: WorkerEvent | None) -> None:
+        while event is not None:
+            event = self._carry_out(self._state.handle(event))
+
+    def _carry_out(self, commands: Sequence[WorkerCommand]) -> WorkerEvent | None:
+        """Do them in their order. Returns: what came of it; at most one of them ends in an event."""
+        forming = next((c for c in commands if isinstance(c, FormGroup)), None)
+        event: WorkerEvent | None = None
+        try:
+            for command in commands:
+                event = self._do(command) or event
+        except WorkerError as error:
+            generation = self._state.generation
+            self._log(f"the collective of generation {generation} failed: {error}")
+            return CollectiveFailed(generation, str(error))
+        return Formed(forming.generation) if forming is not None else event
+
+    def _do(self, command: WorkerCommand) -> WorkerEvent | None:
+        match command:
+            case FormGroup(generation, rank, size):
+                self._line.progress(f"forming generation {generation} as rank {rank} of {size}")
+                self._group = GlooGroup(
+                    StoreAddress(**self._role.fields["store"]),
+                    generation,
+                    rank,
+                    size,
+                    abandoned=lambda: self._line.abandoned(generation),
+                    timeout_s=self._role.fields["timeout_s"],
+                )
+            case Broadcast(_, source, behind, _):
+                assert self._group is not None
+                own = self._replica.variables
+                self._staged = {n: torch.empty_like(t) for n, t in own.items()} if self._group.rank in behind else {}
+                self._line.progress("taking all variables" if self._staged else "giving all variables")
+                taken = self._staged or own
+                self._group.broadcast([taken[name] for name in sorted(taken)], source)
+            case Adopt(generation, step):
+                for name, value in self._staged.items():
+                    self._replica.variables[name].copy_(value)
+                self._staged = {}
+                return Updated(generation, step)
+            case ComputeSlices(generation, step, slices, weights, total):
+                self._compute(step, slices, [weight / total for weight in weights])
+                return Computed(generation, step)
+            case AllReduce(generation, step):
+                assert self._group is not None
+                assert self._results is not None
+                self._line.progress(f"adding up the gradients of step {step}")
+                means = self._results.means
+                self._group.all_reduce([means[name] for name in sorted(means)], 1.0)  # weights are in them already
+                return Reduced(generation, step)
+            case Update(generation, step):
+                assert self._results is not None
+                self._line.progress(f"updating the variables to step {step}")
+                self._made = self._replica.commit(self._results.means, self._results.others)
+                self._line.progress()
+                return Updated(generation, step)
+            case LeaveGroup():
+                if self._group is not None:
+                    self._group.abandon()
+                    self._group = None
+            case Say(kind, fields):
+                self._line.say(Message(kind, self._told(kind, fields), self._beside(kind)))
+            case Story(text):
+                self._log(text)
+        return None
+
+    def _compute(self, step: int, slices: Sequence[int], weights: Sequence[float]) -> None:
+        assert self._feeds is not None
+        keys, tensors = self._feeds.fields["keys"], self._feeds.tensors
+        self._line.progress(f"computing slices {', '.join(map(str, slices))} of step {step}")
+        parts = []
+        for number, weight in zip(slices, weights, strict=True):
+            prefix = f"{number}/"
+            feeds = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            parts.append((number, keys[str(number)], weight, feeds))
+        self._results = self._replica.compute(parts)
+        self._slices = tuple(slices)
+
+    def _told(self, kind: str, fields: object) -> dict[str, object]:
+        assert isinstance(fields, dict)
+        return {**fields, "tier": self._replica.tier} if kind == "done" else fields
+
+    def _beside(self, kind: str) -> dict[str, Tensor]:
+        if kind == "values":
+            return {VARIABLE + name: value for name, value in self._replica.variables.items()}
+        if kind == "done" and self._results is not None:
+            found = {
+                f"{number}/{name}": value
+                for number, fetches in zip(self._slices, self._results.fetches, strict=True)
+                for name, value in fetches.items()
+            }
+            return {**found, **{f"{UPDATE}/{name}": value for name, value in self._made.items()}}
+        return {}
+
+    def _log(self, text: str) -> None:
+        print(f"{self._line.name}: {text}", file=sys.stderr, flush=True)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.numpy().tobytes()

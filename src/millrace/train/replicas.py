@@ -1,0 +1,64 @@
+"""A run over replicas: the processes, and the session over them."""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+from pathlib import Path
+
+import torch
+
+from millrace.compile.tiered import Say
+from millrace.errors import SettingError
+from millrace.graph.graph import Graph
+from millrace.replicas.hub import Hub
+from millrace.replicas.rendezvous import Rendezvous
+from millrace.replicas.session import ReplicatedSession
+from millrace.replicas.settings import Sync, update_of
+from millrace.runtime.launch import Launcher, ProcessLauncher
+from millrace.train.plan import Plan
+
+_TOKEN_BYTES = 32
+
+
+class ReplicaRun:
+    """Makes the session of a run with `plan.replicas`. say: shows a line."""
+
+    def __init__(self, plan: Plan, say: Say) -> None:
+        self._plan, self._say = plan, say
+
+    def session(self, graph: Graph) -> ReplicatedSession:
+        """A session over processes that hold a replica each."""
+        plan = self._plan
+        assert plan.replicas is not None
+        update = update_of(plan.update)
+        if update != Sync():
+            raise SettingError(f"update={plan.update!r} is not there yet: use 'sync'")
+        # Short, as the paths of sockets must be, and only this user may enter it.
+        directory = tempfile.TemporaryDirectory(prefix="millrace-")
+        launcher = self._launcher(Path(directory.name))
+        hub = Hub(launcher, secrets.token_bytes(_TOKEN_BYTES), Path(directory.name), self._say)
+        rendezvous = Rendezvous()
+        try:
+            return ReplicatedSession(
+                graph,
+                hub,
+                rendezvous,
+                replicas=plan.replicas,
+                spares=plan.spares,
+                compile=plan.compile,
+                patience_s=plan.patience_s,
+                drop_failing=plan.drop_failing,
+                directory=directory,
+                say=self._say,
+            )
+        except BaseException:
+            hub.close()
+            rendezvous.close()
+            directory.cleanup()
+            raise
+
+    def _launcher(self, directory: Path) -> Launcher:
+        assert self._plan.replicas is not None
+        threads = max(1, torch.get_num_threads() // self._plan.replicas)
+        return ProcessLauncher("millrace.replicas.member", [], threads, directory)

@@ -1,0 +1,126 @@
+"""Steps over real worker processes, which are killed, frozen, added and taken away."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tests.graph.step_models import MODELS, batch_of, step_graph
+from torch import Tensor
+
+from millrace.errors import FetchError
+from millrace.graph.graph import TRAIN, Graph
+from millrace.replicas.hub import Hub
+from millrace.replicas.rendezvous import Rendezvous
+from millrace.replicas.session import ReplicatedSession
+from millrace.runtime.launch import ProcessLauncher
+from millrace.runtime.session import Session
+
+EXAMPLES = 7  # do not divide by 2 or 3
+
+
+@contextlib.contextmanager
+def replicated(graph: Graph, replicas: int, *, spares: int = 0, **settings: object) -> Iterator[ReplicatedSession]:
+    directory = tempfile.TemporaryDirectory(prefix="millrace-")
+    launcher = ProcessLauncher("millrace.replicas.member", [], 1, Path(directory.name))
+    hub = Hub(launcher, secrets.token_bytes(32), Path(directory.name), print)
+    with ReplicatedSession(
+        graph,
+        hub,
+        Rendezvous(),
+        replicas=replicas,
+        spares=spares,
+        variables={name: value.detach().clone() for name, value in graph.initial.items()},
+        compile="eager",
+        directory=directory,
+        **settings,
+    ) as session:
+        session.launcher = launcher  # type: ignore[attr-defined]
+        yield session
+    assert not Path(directory.name).exists()
+
+
+def pid_of(session: ReplicatedSession, member: str) -> int:
+    return int(session.launcher.pids[member])  # type: ignore[attr-defined]
+
+
+def workers_of(session: ReplicatedSession) -> list[str]:
+    """Those that hold a slice, in the order of their slices."""
+    seats = {m.seat: name for name, m in session._coordinator.members.items() if m.seat is not None}
+    return [seats[seat] for seat in sorted(seats)]
+
+
+def train(session: Session | ReplicatedSession, kind: str, steps: int, first: int = 0) -> list[float]:
+    losses = []
+    for step in range(first, first + steps):
+        losses.append(float(session.run([TRAIN, "loss"], batch_of(kind, EXAMPLES, step))[1]))
+    return losses
+
+
+def values_of(session: Session | ReplicatedSession) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in session.variables.items()}
+
+
+@pytest.mark.parametrize(("model", "replicas"), [("lstm", 2), ("mlp", 3)])
+def test_replicas_take_the_steps_of_one_session(model: str, replicas: int) -> None:
+    graph, kind = step_graph(model, "millrace adam clipped"), MODELS[model][1]
+    whole = Session(graph, copy=True, compile="eager")
+    expected = train(whole, kind, 4)
+    with replicated(graph, replicas) as session:
+        found = train(session, kind, 4)
+        after = values_of(session)
+        assert found == pytest.approx(expected, rel=1e-9)
+        for name, value in whole.variables.items():
+            torch.testing.assert_close(after[name], value, rtol=1e-9, atol=1e-9)
+        # A batch with fewer examples than replicas, and one of another size.
+        for size in (1, 2 * EXAMPLES):
+            batch = batch_of(kind, size, 9)
+            torch.testing.assert_close(session.run([TRAIN, "hits"], batch)[1], whole.run([TRAIN, "hits"], batch)[1])
+        with pytest.raises(FetchError, match="'los' is no fetch of a step over replicas. Did you mean 'loss'"):
+            session.run([TRAIN, "los"], batch)
+        assert torch.isfinite(session.run("loss", batch))
+        # What is assigned reaches the workers.
+        name = graph.variables[0].name
+        session.assign(name, torch.zeros_like(whole.variables[name]))
+        whole.assign(name, torch.zeros_like(whole.variables[name]))
+        assert train(session, kind, 1) == pytest.approx(train(whole, kind, 1), rel=1e-9)
+
+
+Fault = Callable[[int], None]
+
+
+def killed(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def frozen(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+
+
+@pytest.mark.parametrize("fault", [killed, frozen])
+@pytest.mark.parametrize("slice_", [0, 2])
+def test_a_lost_worker_costs_the_step_in_flight_and_no_bit_of_the_result(fault: Fault, slice_: int) -> None:
+    """A spare takes its place; the variables are those of a run without faults, bit for bit."""
+    graph = step_graph("cnn", "adamw")
+    with replicated(graph, 3) as session:
+        expected, final = train(session, "images", 12), values_of(session)
+    with replicated(graph, 3, spares=1) as session:
+        found = train(session, "images", 4)
+        while len(session.workers) < 4:  # the spare comes later
+            time.sleep(0.05)
+        threading.Timer(0.05, fault, [pid_of(session, workers_of(session)[slice_])]).start()
+        began_s = time.monotonic()
+        found += train(session, "images", 12 - len(found), len(found))
+        print(f"{fault.__name__}: {time.monotonic() - began_s:.2f} s")
+        assert found == expected
+        after = values_of(session)
+        assert all(torch.equal(after[name], value) for name, value in final.items())
