@@ -1,7 +1,7 @@
 """Every state that a system of small scope can come to, by breadth-first search, and whether all its runs end well.
 
-A system is anything with `start()` and `moves(state)`. States are hashable. A move is a name, the state it leads to, and
-whether it is a fault (something that may happen, but that nobody may count on).
+A system is anything with `start()` and `moves(state)`. States are hashable. A move is a name, the state it leads to,
+and whether it is a fault (something that may happen, but that nobody may count on).
 """
 
 from __future__ import annotations

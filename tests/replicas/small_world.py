@@ -41,7 +41,7 @@ class Entered(NamedTuple):
 
 
 class Process(NamedTuple):
-    """life: live, stuck, dead (and the driver has not seen it), gone. job: what it is at. waiting: events not yet seen."""
+    """life: live, stuck, dead (which the driver has not seen), gone. job: what it is at. waiting: events not yet seen."""
 
     name: str
     machine: int
@@ -74,8 +74,8 @@ class World(NamedTuple):
 class Scope:
     """What is tried.
 
-    wishes: what the driver is asked for one after the other; a step waits for the one before it. prompt: a worker learns
-    at once what its collective came to, and computes in no time. What this leaves out (messages in between, late news)
+    wishes: what the driver is asked for one after the other; a step waits for the one before it. prompt: a worker
+    learns at once what its collective came to, and computes in no time. What this leaves out (messages in between, late news)
     is between the driver and one worker, and tried in the scopes of two.
     """
 
@@ -359,10 +359,7 @@ class SmallWorld:
 
     def _written(self, process: Process, kind: str, step: int) -> Process:
         """The process after its variables were changed."""
-        if kind == "adopt":
-            variables = process.received
-        else:
-            variables = (*(process.variables or ()), process.received)
+        variables = process.received if kind == "adopt" else (*(process.variables or ()), process.received)
         if variables != self.faultless[:step]:
             raise Violation(f"{process.name} has {variables} after step {step}")
         return process._replace(variables=variables, received=None)

@@ -85,7 +85,7 @@ def test_replicas_take_the_steps_of_one_session(model: str, replicas: int) -> No
         for size in (1, 2 * EXAMPLES):
             batch = batch_of(kind, size, 9)
             torch.testing.assert_close(session.run([TRAIN, "hits"], batch)[1], whole.run([TRAIN, "hits"], batch)[1])
-        with pytest.raises(FetchError, match="'los' is no fetch of a step over replicas. Did you mean 'loss'"):
+        with pytest.raises(FetchError, match=r"'los' is no fetch of a step over replicas\. Did you mean 'loss'"):
             session.run([TRAIN, "los"], batch)
         assert torch.isfinite(session.run("loss", batch))
         # What is assigned reaches the workers.
