@@ -83,6 +83,7 @@ def receive(connection: socket.socket, timeout_s: float, who: str) -> Message:
     Raises: WorkerError when it has ended, or the message is not whole in time.
     """
     deadline_s = time.monotonic() + timeout_s
+<<<<<<< HEAD
     steps = reading()
     try:
         while True:
@@ -90,6 +91,40 @@ def receive(connection: socket.socket, timeout_s: float, who: str) -> Message:
     except StopIteration as end:
         message: Message = end.value
         return message
+=======
+    (length,) = _LENGTH.unpack(_read(connection, _LENGTH.size, deadline_s, timeout_s, who))
+    header = json.loads(bytes(_read(connection, length, deadline_s, timeout_s, who)))
+    tensors = {}
+    for name, dtype, shape in header["tensors"]:
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+        if tensor.nbytes:
+            content = tensor.reshape(-1).view(torch.uint8).numpy().data
+            _fill(connection, content, deadline_s, timeout_s, who)
+        tensors[name] = tensor
+    return Message(header["kind"], header["fields"], tensors)
+
+
+def send_bytes(connection: socket.socket, content: memoryview, timeout_s: float, who: str) -> None:
+    """Write bytes whose number the other side knows, from where they lie. Raises: as `send`."""
+    connection.settimeout(min(timeout_s, LONGEST_WAIT_S))
+    try:
+        connection.sendall(content)
+    except TimeoutError:
+        raise WorkerError(silent(who, timeout_s)) from None
+    except OSError:
+        raise WorkerError(_gone(who)) from None
+
+
+def receive_bytes(connection: socket.socket, content: memoryview, timeout_s: float, who: str) -> None:
+    """Fill memory with what the other side sends. Raises: as `receive`."""
+    _fill(connection, content, time.monotonic() + timeout_s, timeout_s, who)
+
+
+def _read(connection: socket.socket, size: int, deadline_s: float, timeout_s: float, who: str) -> bytearray:
+    content = bytearray(size)
+    _fill(connection, memoryview(content), deadline_s, timeout_s, who)
+    return content
+>>>>>>> 9531fba (Parameter servers: shared variables and mailboxes on one host, bytes between hosts, a copy that follows)
 
 
 def _fill(connection: socket.socket, content: memoryview, deadline_s: float, timeout_s: float, who: str) -> None:

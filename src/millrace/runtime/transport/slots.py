@@ -80,27 +80,37 @@ def allocate(device: str, edges: Iterable[Edge]) -> int:
     Returns: a descriptor of it.
     Raises: WorkerError when there is too little memory; SettingError on a system that has no anonymous regions.
     """
+    descriptor = allocate_bytes(device, layout(edges)[1])
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL)
+    return descriptor
+
+
+def allocate_bytes(who: str, size_bytes: int) -> int:
+    """A new region of that size, with its memory taken now.
+
+    Returns: a descriptor of it.
+    Raises: WorkerError when there is too little memory; SettingError on a system that has no anonymous regions.
+    """
     if not hasattr(os, "memfd_create"):
-        raise SettingError(f"{device}: shared memory between workers needs Linux. Use the gloo transport here.")
-    _, size_bytes = layout(edges)
+        raise SettingError(f"{who}: shared memory between processes needs Linux. Use another transport here.")
     # Asked for more than there is, the system would end some process rather than refuse.
     if size_bytes > _available_bytes():
-        raise _no_memory(device, size_bytes, "the system has less")
+        raise _no_memory(who, size_bytes, "the system has less")
     descriptor = os.memfd_create("millrace", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.posix_fallocate(descriptor, 0, size_bytes)
         # A peer that made the region smaller would end every process that reads it.
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     except OSError as error:
         os.close(descriptor)
-        raise _no_memory(device, size_bytes, str(error)) from error
+        raise _no_memory(who, size_bytes, str(error)) from error
     return descriptor
 
 
-def _no_memory(device: str, size_bytes: int, reason: str) -> WorkerError:
+def _no_memory(who: str, size_bytes: int, reason: str) -> WorkerError:
     return WorkerError(
-        f"{device}: {size_bytes:,} bytes of shared memory for what it sends could not be had: {reason}. "
-        "Let fewer or smaller tensors cross between devices, or use a machine with more memory."
+        f"{who}: {size_bytes:,} bytes of shared memory for what it sends or holds could not be had: {reason}. "
+        "Let fewer or smaller tensors be shared, or use a machine with more memory."
     )
 
 

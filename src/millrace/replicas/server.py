@@ -1,0 +1,245 @@
+"""The shell of a parameter server's shard: connections of workers, of the shard's copy, of the shard it is a copy of.
+
+    listener = PlainListener("unix:/run/dir/shard-0")
+    server = ShardServer(ShardStore("shard 0", variables, update), Sync(4), workers)
+    server.serve(listener)        # until close(), from any thread
+
+One thread serves a connection, and is the only one that writes to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from typing import Any
+
+from torch import Tensor
+
+from millrace.errors import MillraceError, WorkerError
+from millrace.replicas.plain_sockets import Listener
+from millrace.replicas.regions import TensorRegion, check_region, layout, to_json
+from millrace.replicas.server_copy import CopyIn, CopyOut, rows_from_tensors
+from millrace.replicas.server_link import Link
+from millrace.replicas.shard import Lying, Shard
+from millrace.replicas.shard_events import Ack, Configured, Drop, Policy, Pushed
+from millrace.replicas.shard_state import ShardState
+from millrace.replicas.shard_store import ShardStore, Staged
+from millrace.runtime.messages import Message
+
+_HELLO_S = 10.0  # for the first message of a connection
+
+
+class ShardServer:
+    """A shard, or the copy of one, that others can connect to.
+
+    Args:
+        store: the variables.
+        policy, workers: how replicas agree at first, and which workers live.
+        version: of the variables as they are; in sync mode the number of the next step.
+        is_copy: follow the shard that connects, until `promote`.
+        patience_s: how long a write to somebody may take.
+    """
+
+    def __init__(
+        self,
+        store: ShardStore,
+        policy: Policy,
+        workers: tuple[str, ...] = (),
+        *,
+        version: int = 0,
+        is_copy: bool = False,
+        patience_s: float = 10.0,
+    ) -> None:
+        self.shard = Shard(store, ShardState(policy, workers, version=version, is_copy=is_copy))
+        self._patience_s = patience_s
+        self._lock = threading.Lock()
+        self._listeners: list[Listener] = []
+        self._links: set[Link] = set()
+        self._copy_out: CopyOut | None = None
+        self._copy_in: CopyIn | None = None
+        self._closed = False
+
+    # -- what the driver wants ------------------------------------------------------------------------------------
+
+    def serve(self, listener: Listener) -> None:
+        """Take connections until `close`."""
+        with self._lock:
+            self._listeners.append(listener)
+        while not self._closed:
+            try:
+                connection = listener.accept()
+            except OSError:
+                break
+            threading.Thread(target=self.attend, args=(connection,), name="shard", daemon=True).start()
+
+    def attend(self, connection: socket.socket) -> None:
+        """Serve one connection until it ends."""
+        link = Link(connection, "a process that connected")
+        with self._lock:
+            self._links.add(link)
+        try:
+            hello = link.receive(_HELLO_S)
+            if hello.kind == "shard":
+                link.who = f"the shard that {self.shard.store.who} is the copy of"
+                self._copy_in = CopyIn(self.shard, link, self._patience_s)
+                self._copy_in.run()
+            elif hello.kind == "worker":
+                link.who = hello.fields["worker"]
+                _WorkerConnection(self.shard, link, self._patience_s).run()
+        except MillraceError as error:
+            with contextlib.suppress(MillraceError):
+                link.send("error", self._patience_s, {"type": type(error).__name__, "text": str(error)})
+        finally:
+            link.close()
+            with self._lock:
+                self._links.discard(link)
+
+    def configure(self, policy: Policy, workers: tuple[str, ...]) -> None:
+        """How replicas agree from here on, and which workers live; a lost one is no longer waited for."""
+        self.shard.tell(Configured(policy, workers))
+
+    def attach_copy(self, connection: socket.socket, wait_s: float = 60.0) -> None:
+        """Make the process at the other end the holder of the copy. Returns when it has everything.
+
+        Raises: WorkerError when it does not say so in time.
+        """
+        if self._copy_out is not None:
+            self._copy_out.close()
+        link = Link(connection, f"the process with the copy of {self.shard.store.who}")
+        with self._lock:
+            self._links.add(link)
+        link.send("shard", self._patience_s)
+        self._copy_out = CopyOut(self.shard, link, self._patience_s)
+        self._copy_out.start()
+        if not self._copy_out.ready.wait(wait_s):
+            self._copy_out.close()
+            raise WorkerError(f"{link.who} did not say within {wait_s:.3g} s that it has everything.")
+
+    def promote(self) -> None:
+        """Become the shard whose copy this is. Raises: WorkerError when this is no copy, or no whole one."""
+        if self._copy_in is None:
+            raise WorkerError(f"{self.shard.store.who}: nothing was sent to this copy: restore the last checkpoint.")
+        self._copy_in.promote()
+
+    def report(self) -> dict[str, Any]:
+        """Version, how many pushes were dropped, whether there is a copy that has everything."""
+        with self.shard.still():
+            state = self.shard.state
+            ready = self._copy_out is not None and self._copy_out.ready.is_set()
+            return {"version": state.version, "dropped": state.dropped, "copied": state.has_copy and ready}
+
+    def close(self) -> None:
+        """End all connections. The variables' memory goes with the last process that has it mapped."""
+        self._closed = True
+        with self._lock:
+            listeners, links = list(self._listeners), list(self._links)
+        for listener in listeners:
+            listener.close()
+        for link in links:
+            link.close()
+
+
+class _WorkerConnection:
+    """What one worker asks, one question after the other."""
+
+    def __init__(self, shard: Shard, link: Link, patience_s: float) -> None:
+        self._shard = shard
+        self._store = shard.store
+        self._link = link
+        self._patience_s = patience_s
+        self._mailboxes: dict[int, TensorRegion] = {}
+        self._places, _ = layout(self._store.gradients)
+        self._snapshot: dict[str, Tensor] = {}
+
+    def run(self) -> None:
+        """Answer until the worker ends."""
+        self._welcome()
+        ask = {"fetch": self._fetch, "push": self._push, "rows": self._rows, "mailbox": self._mailbox}
+        while True:
+            message = self._link.receive()
+            if message.kind not in ask:
+                raise WorkerError(f"{self._link.who} said {message.kind!r}, which no worker says to a shard.")
+            try:
+                ask[message.kind](message)
+            except MillraceError as error:
+                self._say("error", {"type": type(error).__name__, "text": str(error)})
+
+    def _say(self, kind: str, fields: dict[str, Any], **tensors: Tensor) -> None:
+        self._link.send(kind, self._patience_s, fields, **tensors)
+
+    def _welcome(self) -> None:
+        store = self._store
+        fields = {
+            "shard": store.who,
+            "version": self._shard.state.version,
+            "variables": to_json(store.fetched_places),
+            "gradients": to_json(self._places),
+            "tables": [p for p in to_json(store.region.places) if p[0] in store.tables],
+        }
+        self._say("welcome", fields)
+        if self._link.shared:
+            self._link.send_region(store.region.descriptor, self._patience_s)
+
+    def _mailbox(self, message: Message) -> None:
+        descriptor = self._link.receive_region(self._patience_s)
+        check_region(descriptor, self._places, self._link.who)
+        # What the memory held before may still be waiting for its turn: the tensors keep it.
+        self._mailboxes[message.fields["number"]] = TensorRegion(descriptor, self._places, writable=False)
+
+    def _fetch(self, message: Message) -> None:
+        fields = message.fields
+        with self._shard.readable(self._link.who, fields["step"], fields["timeout_s"]) as version:
+            found = [self._copied(name) for name in fields["inline"] or ()]
+        self._say("fetched", {"version": version})
+        self._link.send_tensors(found, fields["timeout_s"])
+
+    def _copied(self, name: str) -> Tensor:
+        """A copy of a variable, in memory that is used again."""
+        live = self._store.tensor(name)
+        if name not in self._snapshot:
+            self._snapshot[name] = live.clone()
+        return self._snapshot[name].copy_(live)
+
+    def _rows(self, message: Message) -> None:
+        fields, rows = message.fields, message.tensors["rows"]
+        self._store.check_rows(fields["table"], rows)
+        with self._shard.readable(self._link.who, fields["step"], fields["timeout_s"]) as version:
+            values = self._store.tensor(fields["table"])[rows]
+        self._say("rows", {"version": version}, values=values)
+
+    def _push(self, message: Message) -> None:
+        fields = message.fields
+        region, gradients = None, {}
+        if fields["dense"]:
+            region = self._region(fields["slice"])
+            gradients = region.tensors
+            if not self._link.shared:
+                self._link.receive_tensors(gradients.values(), fields["timeout_s"])
+        rows = rows_from_tensors(message.tensors)
+        for table, given in rows.items():
+            self._store.check_rows(table, given.rows, given.values)
+        event = Pushed(
+            self._link.who,
+            fields["sequence"],
+            fields["step"],
+            fields["version"],
+            fields["slice"],
+            fields["examples"],
+            f"{self._link.who}/{fields['sequence']}",
+        )
+        answer = self._shard.push(event, Lying(Staged(gradients, rows), region), fields["timeout_s"])
+        self._say("pushed", _told(answer))
+
+    def _region(self, slice: int) -> TensorRegion:
+        if slice not in self._mailboxes:
+            if self._link.shared:
+                raise WorkerError(f"{self._link.who} pushed slice {slice} without having shared memory for it.")
+            self._mailboxes[slice] = TensorRegion.new(self._store.who, self._store.gradients)
+        return self._mailboxes[slice]
+
+
+def _told(answer: Ack | Drop) -> dict[str, Any]:
+    if isinstance(answer, Drop):
+        return {"applied": False, "why": answer.why, "sequence": answer.sequence, "version": None, "tau": None}
+    return {"applied": True, "why": "", "sequence": answer.sequence, "version": answer.version, "tau": answer.tau}

@@ -1,0 +1,331 @@
+"""A worker's side of parameter servers: `ShardClient` talks with one shard, `ShardClients` with all of them at once.
+
+On the shard's host the variables are read where they lie, in memory that the shard shares, and gradients are written
+into memory that the worker shares; only a line about them travels. From another host the same tensors travel as bytes.
+
+A push is acknowledged or it is not. When the connection ends before, `move_to` the shard's new address asks again for
+whatever was open; a shard that has the push already says so and does not apply it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from torch import Tensor
+
+from millrace import errors
+from millrace.errors import FeedError, FetchError, WorkerError, did_you_mean
+from millrace.graph.signature import TensorSpec
+from millrace.replicas.plain_sockets import dial
+from millrace.replicas.regions import TensorRegion, check_region, from_json
+from millrace.replicas.server_copy import rows_to_tensors
+from millrace.replicas.server_link import Link
+from millrace.replicas.shard_store import Rows
+from millrace.runtime.messages import Message
+
+Dial = Callable[[str, float], Any]  # (address, seconds) -> a connected socket
+_GRACE_S = 2.0  # the shard notices first that time is up, and can say what it waited for
+_TRIES = 3  # to read variables in place while others push
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a shard said of a push. tau: updates between its fetch and its turn. why: it was dropped, if it was."""
+
+    applied: bool
+    version: int | None
+    tau: int | None
+    why: str = ""
+
+
+@dataclass
+class _Open:
+    """A question without an answer yet. into: where a fetch goes."""
+
+    kind: str
+    fields: dict[str, Any]
+    tensors: Mapping[str, Tensor]
+    dense: Mapping[str, Tensor]
+    into: Mapping[str, Tensor]
+
+
+class ShardClient:
+    """One worker's connection with one shard; for one thread.
+
+    Args:
+        address: of the shard.
+        worker: names this process; never used by another one, also not by its replacement.
+        timeout_s: seconds that the shard may take for an answer.
+        dial: makes a connection.
+
+    Attributes: variables, gradients, tables: what the shard holds and takes, by name.
+
+    Raises: WorkerError when it is not there.
+    """
+
+    def __init__(self, address: str, worker: str, *, timeout_s: float = 60.0, dial: Dial = dial) -> None:
+        self.worker = worker
+        self.timeout_s = timeout_s
+        self._dial = dial
+        self._boxes: dict[int, TensorRegion] = {}  # slice -> memory for its gradients
+        self._open: _Open | None = None
+        self._link: Link | None = None
+        self._connect(address)
+
+    # -- one thing at a time --------------------------------------------------------------------------------------
+
+    def fetch(self, into: Mapping[str, Tensor], step: int = 0) -> int:
+        """Copy variables into the worker's own tensors, all of one version.
+
+        Args: step: in sync mode, for which step; the shard answers when the one before is complete.
+
+        Returns: their version.
+        Raises: WorkerError when the shard has ended or lets one wait too long, and for whom it waited; FetchError.
+        """
+        self.start_fetch(into, step)
+        return self.finish_fetch()
+
+    def push(
+        self,
+        gradients: Mapping[str, Tensor],
+        sequence: int,
+        step: int,
+        version: int,
+        *,
+        slice: int = 0,
+        examples: int = 1,
+        rows: Mapping[str, Rows] | None = None,
+    ) -> Receipt:
+        """Give the shard gradients.
+
+        Args:
+            gradients: every one that the shard takes, or none. Those of `mailbox` are not copied.
+            sequence: greater than that of this worker's last push.
+            step: of the run.
+            version: that `fetch` returned before they were computed.
+            slice: of the batch, which the shard counts once for each step in sync mode.
+            examples: in it: its weight.
+            rows: gradients for rows of tables.
+
+        Raises: WorkerError as `fetch`; FeedError for other shapes than the shard's.
+        """
+        self.start_push(gradients, sequence, step, version, slice=slice, examples=examples, rows=rows)
+        return self.finish_push()
+
+    def fetch_rows(self, table: str, rows: Tensor, step: int = 0) -> Tensor:
+        """Some rows of a table. rows: int64 [n]. Returns: [n, ...]. Raises: as `fetch`; FeedError for no such row."""
+        self.start_fetch_rows(table, rows, step)
+        return self.finish_fetch_rows()
+
+    def push_rows(
+        self, table: str, rows: Tensor, values: Tensor, sequence: int, step: int, version: int, *, slice: int = 0
+    ) -> Receipt:
+        """Give gradients for some rows of a table and for nothing else. rows: int64 [n]. values: [n, ...]."""
+        return self.push({}, sequence, step, version, slice=slice, rows={table: Rows(rows, values)})
+
+    def mailbox(self, slice: int = 0) -> Mapping[str, Tensor]:
+        """The memory that gradients of a slice are given in: what is computed into it need not be copied by `push`.
+
+        It may be written until it is pushed, and again when that push was applied (in sync mode: after the next fetch).
+        """
+        if slice not in self._boxes:
+            self._boxes[slice] = TensorRegion.new(self.worker, self.gradients)
+            self._share(slice)
+        return self._boxes[slice].tensors
+
+    # -- in two halves, so that several shards work at once -------------------------------------------------------
+
+    def start_fetch(self, into: Mapping[str, Tensor], step: int = 0) -> None:
+        """Ask for variables; `finish_fetch` waits for them."""
+        for name in into:
+            if name not in self.variables:
+                known = list(self.variables)
+                raise FetchError(f"{self.shard} has no variable {name!r} to fetch. {did_you_mean(name, known)}")
+        self._ask(_Open("fetch", {"step": step, "inline": None}, {}, {}, into))
+
+    def finish_fetch(self) -> int:
+        """Returns: the version of what was copied. Raises: as `fetch`."""
+        asked = self._waiting("fetch")
+        tries = 0
+        while True:
+            version: int = self._answer().fields["version"]
+            if asked.fields["inline"] is not None:
+                self._receive(asked.into.values())
+                break
+            if self._read_in_place(asked.into, version):
+                break
+            tries += 1
+            if tries == _TRIES:  # others push all the time: let the shard copy the variables while nobody does
+                asked.fields["inline"] = list(asked.into)
+            self._ask(asked)
+        self._open = None
+        return version
+
+    def start_push(
+        self,
+        gradients: Mapping[str, Tensor],
+        sequence: int,
+        step: int,
+        version: int,
+        *,
+        slice: int = 0,
+        examples: int = 1,
+        rows: Mapping[str, Rows] | None = None,
+    ) -> None:
+        """Hand gradients over; `finish_push` waits for what the shard says of them."""
+        self._check(gradients)
+        fields = {
+            "sequence": sequence,
+            "step": step,
+            "version": version,
+            "slice": slice,
+            "examples": examples,
+            "dense": bool(gradients),
+        }
+        if gradients:
+            box = self.mailbox(slice)
+            for name, gradient in gradients.items():
+                if gradient.data_ptr() != box[name].data_ptr():
+                    box[name].copy_(gradient)
+            gradients = box
+        self._ask(_Open("push", fields, rows_to_tensors(rows or {}), gradients, {}))
+
+    def finish_push(self) -> Receipt:
+        """Returns: what became of it. Raises: as `push`."""
+        self._waiting("push")
+        said = self._answer().fields
+        self._open = None
+        return Receipt(said["applied"], said["version"], said["tau"], said["why"])
+
+    def start_fetch_rows(self, table: str, rows: Tensor, step: int = 0) -> None:
+        """Ask for rows; `finish_fetch_rows` waits for them."""
+        self._ask(_Open("rows", {"table": table, "step": step}, {"rows": rows}, {}, {}))
+
+    def finish_fetch_rows(self) -> Tensor:
+        """Returns: the rows. Raises: as `fetch_rows`."""
+        self._waiting("rows")
+        values = self._answer().tensors["values"]
+        self._open = None
+        return values
+
+    # -- where the shard is ---------------------------------------------------------------------------------------
+
+    def move_to(self, address: str) -> None:
+        """Use the shard at a new address, and ask it again what the old one left open.
+
+        Then call what had failed: `finish_fetch`, `finish_push` or `finish_fetch_rows`. Raises: WorkerError.
+        """
+        self.close()
+        self._connect(address)
+        for slice in self._boxes:
+            self._share(slice)
+        if self._open is not None:
+            self._ask(self._open)
+
+    def close(self) -> None:
+        """End the connection. A second call does nothing."""
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _live(self) -> Link:
+        if self._link is None:
+            raise WorkerError(f"{self.worker} has no connection with {self.shard}: it failed before, or was closed.")
+        return self._link
+
+    def _connect(self, address: str) -> None:
+        link = Link(self._dial(address, self.timeout_s), f"the shard at {address}")
+        link.send("worker", self.timeout_s, {"worker": self.worker})
+        said = link.receive(self.timeout_s)
+        if said.kind != "welcome":
+            link.close()
+            raise WorkerError(f"{link.who} did not welcome {self.worker}: {said.fields.get('text', said.kind)}")
+        self._link = link
+        link.who = self.shard = said.fields["shard"]
+        places = from_json(said.fields["variables"])
+        self.variables: dict[str, TensorSpec] = {place.name: place.spec for place in places}
+        self.gradients = {place.name: place.spec for place in from_json(said.fields["gradients"])}
+        self.tables = {place.name: place.spec for place in from_json(said.fields["tables"])}
+        self._shown: TensorRegion | None = None
+        if link.shared:
+            descriptor = link.receive_region(self.timeout_s)
+            check_region(descriptor, places, link.who)
+            self._shown = TensorRegion(descriptor, places, writable=False)
+
+    def _share(self, slice: int) -> None:
+        """Give the shard a mailbox. Where there is none just now, `move_to` does it."""
+        if self._link is None or not self._link.shared:
+            return
+        try:
+            self._link.send("mailbox", self.timeout_s, {"number": slice})
+            self._link.send_region(self._boxes[slice].descriptor, self.timeout_s)
+        except WorkerError:
+            self.close()
+
+    def _ask(self, question: _Open) -> None:
+        if self._open is not None and self._open is not question:
+            raise WorkerError(f"{self.worker} has not finished its {self._open.kind} with {self.shard} yet.")
+        self._open = question
+        try:
+            if question.kind == "fetch" and not self._live.shared:
+                question.fields["inline"] = list(question.into)
+            fields = {**question.fields, "timeout_s": self.timeout_s}
+            self._live.send(question.kind, self.timeout_s, fields, **question.tensors)
+            if question.dense and not self._live.shared:
+                self._live.send_tensors(question.dense.values(), self.timeout_s)
+        except WorkerError:
+            self.close()
+            raise
+
+    def _waiting(self, kind: str) -> _Open:
+        if self._open is None or self._open.kind != kind:
+            raise WorkerError(f"{self.worker} waits for no {kind} from {self.shard}: start one first.")
+        return self._open
+
+    def _answer(self) -> Message:
+        """What the shard says. After silence the connection is of no use: a late answer would be taken for another."""
+        try:
+            message = self._live.receive(self.timeout_s + _GRACE_S)
+        except WorkerError as error:
+            self.close()
+            assert self._open is not None
+            raise WorkerError(f"{self.worker} waited for its {self._open.kind}: {error}") from error
+        if message.kind == "error":
+            self._open = None
+            raise getattr(errors, message.fields["type"], WorkerError)(message.fields["text"])
+        return message
+
+    def _receive(self, tensors: Iterable[Tensor]) -> None:
+        try:
+            self._live.receive_tensors(tensors, self.timeout_s)
+        except WorkerError:
+            self.close()
+            raise
+
+    def _read_in_place(self, into: Mapping[str, Tensor], version: int) -> bool:
+        """Copy the shared variables. False when they are not, or not all, of that version."""
+        assert self._shown is not None
+        if self._shown.word != 2 * version:
+            return False
+        for name, target in into.items():
+            target.copy_(self._shown.tensors[name])
+        return self._shown.word == 2 * version
+
+    def _check(self, gradients: Mapping[str, Tensor]) -> None:
+        if gradients and gradients.keys() != self.gradients.keys():
+            raise FeedError(f"{self.shard} takes gradients of {list(self.gradients)}, got {list(gradients)}.")
+        for name, gradient in gradients.items():
+            if not self.gradients[name].fits(gradient):
+                got = f"{gradient.dtype} {list(gradient.shape)}"
+                raise FeedError(f"gradient {name!r} for {self.shard}: {self.gradients[name]} expected, got {got}.")

@@ -1,0 +1,94 @@
+"""One end of a connection of a shard: messages, shared regions and bytes in bulk.
+
+On one host (a Unix socket) memory is shared: a region's descriptor follows the message that names it. Between hosts the
+same tensors follow as bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from millrace.errors import WorkerError
+from millrace.runtime.messages import LONGEST_WAIT_S, Message, receive, receive_bytes, send, send_bytes
+
+
+class Link:
+    """A connection with one named side. shared: whether the other side is on this host and can be given memory."""
+
+    def __init__(self, connection: socket.socket, who: str) -> None:
+        self.connection = connection
+        self.who = who
+        self.shared = connection.family == socket.AF_UNIX
+        if not self.shared:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def send(self, kind: str, timeout_s: float, fields: Mapping[str, Any] | None = None, **tensors: Tensor) -> None:
+        """Raises: WorkerError when the other side has ended, or takes nothing for so long."""
+        send(self.connection, Message(kind, fields or {}, tensors), timeout_s, self.who)
+
+    def receive(self, timeout_s: float = LONGEST_WAIT_S) -> Message:
+        """Raises: WorkerError when the other side has ended, or says nothing for so long."""
+        return receive(self.connection, timeout_s, self.who)
+
+    def send_region(self, descriptor: int, timeout_s: float) -> None:
+        """Hand over a descriptor. Raises: as `send`."""
+        self.connection.settimeout(timeout_s)
+        try:
+            socket.send_fds(self.connection, [b"!"], [descriptor])
+        except OSError as error:
+            raise WorkerError(f"{self.who} has ended: it could not be given memory to share ({error}).") from None
+
+    def receive_region(self, timeout_s: float) -> int:
+        """Returns: a descriptor, the caller's to close. Raises: as `receive`."""
+        self.connection.settimeout(timeout_s)
+        try:
+            _, descriptors, _, _ = socket.recv_fds(self.connection, 1, 1)
+        except OSError as error:
+            raise WorkerError(f"{self.who} gave no memory to share within {timeout_s:.3g} s ({error}).") from None
+        if not descriptors:
+            raise WorkerError(f"{self.who} ended, or gave no memory to share where it was to.")
+        return descriptors[0]
+
+    def send_tensors(self, tensors: Iterable[Tensor], timeout_s: float) -> None:
+        """Write the bytes of tensors of which the other side knows the shapes. Raises: as `send`."""
+        for tensor in tensors:
+            if tensor.nbytes:
+                send_bytes(self.connection, bytes_of(tensor.contiguous()), timeout_s, self.who)
+
+    def receive_tensors(self, tensors: Iterable[Tensor], timeout_s: float) -> None:
+        """Fill tensors with bytes of `send_tensors`. Raises: as `receive`."""
+        deadline_s = time.monotonic() + timeout_s
+        for tensor in tensors:
+            if not tensor.nbytes:
+                continue
+            target = (
+                tensor
+                if tensor.is_contiguous() and tensor.device.type == "cpu"
+                else torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
+            )
+            receive_bytes(self.connection, bytes_of(target), deadline_s - time.monotonic(), self.who)
+            if target is not tensor:
+                tensor.copy_(target)
+
+    def end_reading(self) -> None:
+        """What has arrived can still be read; after it the other side counts as ended."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RD)
+
+    def close(self) -> None:
+        """End the connection; a thread that waits for it wakes up. A second call does nothing."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+        self.connection.close()
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
