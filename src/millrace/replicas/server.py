@@ -137,7 +137,7 @@ class ShardServer:
         for listener in listeners:
             listener.close()
         for link in links:
-            link.close()
+            link.end()
 
 
 class _WorkerConnection:

@@ -70,7 +70,7 @@ class CopyOut:
 
     def close(self) -> None:
         """End the connection."""
-        self._link.close()
+        self._link.end()
         if self._thread.ident is not None:
             self._thread.join(self._patience_s)
 
@@ -103,7 +103,7 @@ class CopyOut:
                 self._link.send("state", self._patience_s, fields)
                 self._link.send_tensors([torch.frombuffer(region.content(), dtype=torch.uint8)], self._patience_s)
         except WorkerError:
-            self._link.close()  # `_listen` sees it and says so
+            self._link.end()  # `_listen` sees it and says so
 
     def _send_with_data(self, kind: str, key: str | None, fields: dict[str, Any]) -> None:
         if key is None:

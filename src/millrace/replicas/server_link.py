@@ -39,16 +39,16 @@ class Link:
 
     def send_region(self, descriptor: int, timeout_s: float) -> None:
         """Hand over a descriptor. Raises: as `send`."""
-        self.connection.settimeout(timeout_s)
         try:
+            self.connection.settimeout(timeout_s)
             socket.send_fds(self.connection, [b"!"], [descriptor])
         except OSError as error:
             raise WorkerError(f"{self.who} has ended: it could not be given memory to share ({error}).") from None
 
     def receive_region(self, timeout_s: float) -> int:
         """Returns: a descriptor, the caller's to close. Raises: as `receive`."""
-        self.connection.settimeout(timeout_s)
         try:
+            self.connection.settimeout(timeout_s)
             _, descriptors, _, _ = socket.recv_fds(self.connection, 1, 1)
         except OSError as error:
             raise WorkerError(f"{self.who} gave no memory to share within {timeout_s:.3g} s ({error}).") from None
@@ -82,10 +82,14 @@ class Link:
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RD)
 
-    def close(self) -> None:
-        """End the connection; a thread that waits for it wakes up. A second call does nothing."""
+    def end(self) -> None:
+        """End the connection from any thread: whoever reads or writes it wakes up, and closes it."""
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """End the connection and give its descriptor back. A second call does nothing."""
+        self.end()
         self.connection.close()
 
 

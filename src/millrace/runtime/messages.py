@@ -65,10 +65,22 @@ def send(connection: socket.socket, message: Message, timeout_s: float, who: str
 
     Raises: WorkerError when it has ended, or takes nothing for so long.
     """
+<<<<<<< HEAD
     connection.settimeout(min(timeout_s, LONGEST_WAIT_S))
     try:
         for piece in pieces(message):
             connection.sendall(piece)
+=======
+    tensors = {name: tensor.detach().contiguous() for name, tensor in message.tensors.items()}
+    described = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()]
+    header = json.dumps({"kind": message.kind, "fields": dict(message.fields), "tensors": described}).encode()
+    try:
+        connection.settimeout(min(timeout_s, LONGEST_WAIT_S))
+        connection.sendall(_LENGTH.pack(len(header)) + header)
+        for tensor in tensors.values():
+            if tensor.nbytes:
+                connection.sendall(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+>>>>>>> 97ee9e5 (Servers and clients: tests over both ways)
     except TimeoutError:
         raise WorkerError(silent(who, timeout_s)) from None
     except OSError:
@@ -106,8 +118,8 @@ def receive(connection: socket.socket, timeout_s: float, who: str) -> Message:
 
 def send_bytes(connection: socket.socket, content: memoryview, timeout_s: float, who: str) -> None:
     """Write bytes whose number the other side knows, from where they lie. Raises: as `send`."""
-    connection.settimeout(min(timeout_s, LONGEST_WAIT_S))
     try:
+        connection.settimeout(min(timeout_s, LONGEST_WAIT_S))
         connection.sendall(content)
     except TimeoutError:
         raise WorkerError(silent(who, timeout_s)) from None
@@ -132,12 +144,12 @@ def _fill(connection: socket.socket, content: memoryview, deadline_s: float, tim
         left_s = deadline_s - time.monotonic()
         if left_s <= 0:
             raise WorkerError(silent(who, timeout_s))
-        connection.settimeout(min(left_s, LONGEST_WAIT_S))
         try:
+            connection.settimeout(min(left_s, LONGEST_WAIT_S))
             count = connection.recv_into(content)
         except TimeoutError:
             continue
-        except ConnectionError:
+        except OSError:
             count = 0
         if not count:
             raise WorkerError(_gone(who))

@@ -1,0 +1,65 @@
+"""Shards whose variables count the updates: plain SGD with rate -1, to which ones are pushed."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from millrace.graph.graph import Graph
+from millrace.graph.trace import trace
+from millrace.optim.rules.sgd import SGD
+from millrace.replicas.plain_sockets import PlainListener
+from millrace.replicas.server import ShardServer
+from millrace.replicas.shard_events import Async, Policy
+from millrace.replicas.shard_store import RowUpdate, ShardStore
+
+
+def adding(variables: Mapping[str, Tensor]) -> Graph:
+    """An update that adds what is pushed."""
+
+    def step(held: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        for name in variables:
+            held[name].add_(gradients[name])
+        return {}
+
+    return trace(step, dict(variables), {name: torch.zeros_like(t) for name, t in variables.items()})
+
+
+def counting_server(
+    who: str,
+    sizes: Mapping[str, int],
+    policy: Policy | None = None,
+    workers: tuple[str, ...] = (),
+    *,
+    tables: Mapping[str, tuple[int, int]] | None = None,
+    is_copy: bool = False,
+) -> ShardServer:
+    """A server of zeros. sizes: elements of every variable. tables: rows and width of every table."""
+    variables = {name: torch.zeros(size) for name, size in sizes.items()}
+    rows = {name: torch.zeros(shape) for name, shape in (tables or {}).items()}
+    how = {name: RowUpdate(SGD(), learning_rate=-1.0) for name in rows}
+    store = ShardStore(who, variables | rows, adding(variables) if variables else None, how)
+    return ShardServer(store, policy or Async(), workers, is_copy=is_copy, patience_s=5.0)
+
+
+@contextlib.contextmanager
+def served(server: ShardServer, address: str) -> Iterator[str]:
+    """Serve in a thread. Yields: the address."""
+    listener = PlainListener(address)
+    thread = threading.Thread(target=server.serve, args=(listener,), daemon=True)
+    thread.start()
+    try:
+        yield listener.address
+    finally:
+        server.close()
+        thread.join(5.0)
+
+
+def address_in(directory: Path, kind: str, name: str = "shard") -> str:
+    """An address of a kind, "unix" or "tcp"."""
+    return f"unix:{directory / name}" if kind == "unix" else "tcp:127.0.0.1:0"

@@ -1,0 +1,246 @@
+"""Servers and their clients, in threads of one process: over shared memory and over TCP."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tests.replicas.counting import address_in, counting_server, served
+
+from millrace.errors import FeedError, FetchError, WorkerError
+from millrace.optim.rules.adagrad import Adagrad
+from millrace.replicas.plain_sockets import dial
+from millrace.replicas.server import ShardServer
+from millrace.replicas.server_client import Receipt, ShardClient
+from millrace.replicas.shard_clients import ShardClients
+from millrace.replicas.shard_events import Async, Sync
+from millrace.replicas.shard_store import RowUpdate, ShardStore
+
+KINDS = ("unix", "tcp")
+both = pytest.mark.parametrize("kind", KINDS)
+
+
+@both
+def test_what_is_pushed_is_added_once_and_fetched(kind: str, tmp_path: Path) -> None:
+    with (
+        served(counting_server("shard 0", {"a": 7, "b": 3}), address_in(tmp_path, kind)) as address,
+        ShardClient(address, "w0", timeout_s=10) as client,
+    ):
+        ones = {"a": torch.ones(7), "b": torch.full((3,), 2.0)}
+        assert client.push(ones, 1, 0, 0) == Receipt(True, 1, 0)
+        assert client.push(ones, 1, 0, 0) == Receipt(True, 1, 0)  # again
+        assert client.push(ones, 2, 0, 0) == Receipt(True, 2, 1)
+        into = {"b": torch.empty(3), "a": torch.empty(7)}
+        assert client.fetch(into) == 2
+        assert into["a"].tolist() == [2.0] * 7
+        assert into["b"].tolist() == [4.0] * 3
+
+
+@both
+def test_sync_takes_the_mean_by_examples_and_drops_the_late_one(kind: str, tmp_path: Path) -> None:
+    server = counting_server("shard 0", {"a": 4}, Sync(2), ("w0", "w1", "w2"))
+    with served(server, address_in(tmp_path, kind)) as address:
+        clients = [ShardClient(address, f"w{i}", timeout_s=10) for i in range(3)]
+        clients[1].push({"a": torch.full((4,), 4.0)}, 1, 0, 0, slice=1, examples=1)
+        clients[0].push({"a": torch.full((4,), 8.0)}, 1, 0, 0, slice=0, examples=3)
+        late = clients[2].push({"a": torch.ones(4)}, 1, 0, 0, slice=2)
+        assert not late.applied
+        assert "late" in late.why
+        into = {"a": torch.empty(4)}
+        assert clients[2].fetch(into, step=1) == 1
+        assert into["a"].tolist() == [7.0] * 4
+        assert server.report()["dropped"] == 1
+        for client in clients:
+            client.close()
+
+
+def test_a_fetch_waits_for_the_step_before(tmp_path: Path) -> None:
+    with served(counting_server("shard 0", {"a": 4}, Sync(2)), address_in(tmp_path, "unix")) as address:
+        one, other = (ShardClient(address, f"w{i}", timeout_s=10) for i in range(2))
+        one.push({"a": torch.ones(4)}, 1, 0, 0, slice=0)
+        into = {"a": torch.empty(4)}
+        one.start_fetch(into, step=1)
+        other.push({"a": torch.zeros(4)}, 1, 0, 0, slice=1)
+        assert one.finish_fetch() == 1
+        assert into["a"].tolist() == [0.5] * 4
+        one.close()
+        other.close()
+
+
+def test_a_wait_ends_and_names_whom_it_was_for(tmp_path: Path) -> None:
+    with (
+        served(counting_server("shard 7", {"a": 4}, Sync(2)), address_in(tmp_path, "unix")) as address,
+        ShardClient(address, "w0", timeout_s=0.2) as client,
+    ):
+        client.push({"a": torch.ones(4)}, 1, 0, 0, slice=3)
+        says = r"shard 7 let w0 wait 0.2 s for the variables of step 1.*2 slices are needed, those here: 3"
+        with pytest.raises(WorkerError, match=says):
+            client.fetch({"a": torch.empty(4)}, step=1)
+        assert client.fetch({"a": torch.empty(4)}, step=0) == 0  # the connection is still good
+
+
+@both
+def test_nobody_reads_half_an_update(kind: str, tmp_path: Path) -> None:
+    size = 200_000
+    with served(counting_server("shard 0", {"a": size, "b": size}), address_in(tmp_path, kind)) as address:
+        stop = threading.Event()
+
+        def write(name: str) -> None:
+            with ShardClient(address, name, timeout_s=10) as client:
+                ones, sequence = {"a": torch.ones(size), "b": torch.ones(size)}, 0
+                while not stop.is_set():
+                    sequence += 1
+                    client.push(ones, sequence, 0, 0)
+
+        writers = [threading.Thread(target=write, args=(f"writer {i}",)) for i in range(2)]
+        for writer in writers:
+            writer.start()
+        into = {"a": torch.empty(size), "b": torch.empty(size)}
+        versions = []
+        with ShardClient(address, "reader", timeout_s=10) as client:
+            until_s = time.monotonic() + 1.5
+            while time.monotonic() < until_s:
+                versions.append(client.fetch(into))
+                for tensor in into.values():
+                    assert float(tensor.min()) == float(tensor.max()) == versions[-1]
+        stop.set()
+        for writer in writers:
+            writer.join(10.0)
+        assert len(set(versions)) > 3
+        assert versions == sorted(versions)
+
+
+@both
+def test_rows_of_a_table_are_updated_as_the_rule_says(kind: str, tmp_path: Path) -> None:
+    rule, table = Adagrad(), torch.randn(50, 3, dtype=torch.float64)
+    server = ShardServer(ShardStore("shard 0", {"t": table}, None, {"t": RowUpdate(rule, 0.1)}), Async())
+    rows = torch.tensor([4, 9, 4, 30])
+    expected, state = table.clone(), rule.init(table)
+    with served(server, address_in(tmp_path, kind)) as address, ShardClient(address, "w0", timeout_s=10) as client:
+        for step in range(3):
+            values = torch.randn(4, 3, dtype=torch.float64)
+            client.push_rows("t", rows, values, step + 1, step, step)
+            dense = torch.zeros_like(table).index_add_(0, rows, values)
+            expected, state = rule.update(
+                expected, dense, state, learning_rate=torch.tensor(0.1, dtype=torch.float64), step=torch.tensor(step)
+            )
+        torch.testing.assert_close(client.fetch_rows("t", torch.arange(50)), expected, rtol=1e-12, atol=1e-12)
+
+
+@both
+def test_what_does_not_fit_is_refused_and_the_connection_goes_on(kind: str, tmp_path: Path) -> None:
+    server = counting_server("shard 0", {"a": 4}, tables={"t": (5, 2)})
+    with (
+        served(server, address_in(tmp_path, kind)) as address,
+        ShardClient(address, "w0", timeout_s=10) as client,
+    ):
+        with pytest.raises(FeedError, match="5 rows, asked for 2 to 5"):
+            client.fetch_rows("t", torch.tensor([2, 5]))
+        with pytest.raises(FeedError, match="expected, got"):
+            client.push_rows("t", torch.tensor([2]), torch.ones(1, 3), 1, 0, 0)
+        with pytest.raises(FetchError, match="no table 'x'"):
+            client.fetch_rows("x", torch.tensor([2]))
+        with pytest.raises(FeedError, match="'a' for shard 0"):
+            client.push({"a": torch.ones(5)}, 1, 0, 0)
+        with pytest.raises(FetchError, match="no variable 'q'"):
+            client.fetch({"q": torch.ones(5)})
+        assert client.push({"a": torch.ones(4)}, 1, 0, 0).version == 1
+
+
+@pytest.mark.parametrize("copy_kind", KINDS)
+@both
+def test_a_copy_has_what_the_shard_has(kind: str, copy_kind: str, tmp_path: Path) -> None:
+    sizes, tables = {"a": 5}, {"t": (6, 2)}
+    shard = counting_server("shard 0", sizes, Sync(2), tables=tables)
+    copy = counting_server("copy of shard 0", sizes, Sync(1), tables=tables, is_copy=True)
+    with (
+        served(shard, address_in(tmp_path, kind)) as address,
+        served(copy, address_in(tmp_path, copy_kind, "copy")) as copy_address,
+    ):
+        clients = [ShardClient(address, f"w{i}", timeout_s=10) for i in range(2)]
+        clients[0].push({"a": torch.ones(5)}, 1, 0, 0, slice=0)  # staged, before there is a copy
+        shard.attach_copy(dial(copy_address))
+        clients[1].push({"a": torch.ones(5)}, 1, 0, 0, slice=1)
+        for step in (1, 2):
+            for number, client in enumerate(clients):
+                client.fetch({"a": torch.empty(5)}, step=step)
+                client.push({"a": torch.ones(5)}, step + 1, step, step, slice=number)
+        shard.configure(Async(), ("w0",))
+        clients[0].push_rows("t", torch.tensor([1, 1]), torch.ones(2, 2), 4, 3, 3)
+        assert bytes(copy.shard.store.region.content()) == bytes(shard.shard.store.region.content())
+        assert copy.shard.state.snapshot() == shard.shard.state.snapshot()
+        assert shard.report() == {"version": 4, "dropped": 0, "copied": True}
+
+        shard.close()
+        copy.promote()
+        for client in clients:
+            client.move_to(copy_address)
+        assert clients[1].push({"a": torch.ones(5)}, 3, 2, 2, slice=1).version == 3  # it knows: not applied again
+        into = {"a": torch.empty(5)}
+        assert clients[0].fetch(into) == 4
+        assert into["a"].tolist() == [3.0] * 5
+        for client in clients:
+            client.close()
+
+
+def test_a_copy_of_other_variables_is_refused(tmp_path: Path) -> None:
+    copy = counting_server("copy", {"b": 5}, is_copy=True)
+    with served(copy, address_in(tmp_path, "unix")) as address:
+        shard = counting_server("shard 0", {"a": 5})
+        with pytest.raises(WorkerError, match="did not say within"):
+            shard.attach_copy(dial(address), wait_s=0.5)
+        with pytest.raises(WorkerError, match="before its copy had everything"):
+            copy.promote()
+        shard.close()
+
+
+def test_many_shards_at_once(tmp_path: Path) -> None:
+    names = ["a", "b"]
+    servers = [counting_server(f"shard {i}", {n: 3}, tables={f"t{i}": (4, 2)}) for i, n in enumerate(names)]
+    with (
+        served(servers[0], address_in(tmp_path, "unix", "0")) as first,
+        served(servers[1], address_in(tmp_path, "unix", "1")) as second,
+    ):
+        shards = ShardClients([ShardClient(a, "w0", timeout_s=10) for a in (first, second)])
+        into = {name: torch.empty(3) for name in names}
+        versions = shards.fetch(into)
+        receipts = shards.push({"a": torch.ones(3), "b": torch.full((3,), 2.0)}, 1, 0, versions)
+        assert [receipt.version for receipt in receipts] == [1, 1]
+        assert shards.fetch(into) == [1, 1]
+        assert [into[name].tolist() for name in names] == [[1.0] * 3, [2.0] * 3]
+        assert {
+            n: tuple(t.shape) for n, t in shards.fetch_rows({"t1": torch.arange(2), "t0": torch.arange(3)}).items()
+        } == {
+            "t1": (2, 2),
+            "t0": (3, 2),
+        }
+        shards.close()
+
+
+def test_nothing_is_left_behind(tmp_path: Path) -> None:
+    def open_files() -> list[str]:
+        gc.collect()
+        names = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
+        return sorted(os.readlink(name) for name in names if os.path.islink(name))
+
+    def once() -> None:
+        with (
+            served(counting_server("shard 0", {"a": 1000}), address_in(tmp_path, "unix")) as address,
+            ShardClient(address, "w0", timeout_s=10) as client,
+        ):
+            client.push({"a": torch.ones(1000)}, 1, 0, 0)
+        for thread in threading.enumerate():
+            if thread.name in ("shard", "copy"):
+                thread.join(5.0)
+
+    once()
+    before = open_files()
+    for _ in range(3):
+        once()
+    assert len(open_files()) <= len(before), open_files()
+    assert list(tmp_path.iterdir()) == []
