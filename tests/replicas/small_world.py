@@ -41,7 +41,7 @@ class Entered(NamedTuple):
 
 
 class Process(NamedTuple):
-    """life: live, stuck, dead (which the driver has not seen), gone. job: what it is at. waiting: events not yet seen."""
+    """life: live, stuck, dead (the driver has not seen it), gone. job: what it does. waiting: events not yet seen."""
 
     name: str
     machine: int
@@ -75,8 +75,8 @@ class Scope:
     """What is tried.
 
     wishes: what the driver is asked for one after the other; a step waits for the one before it. prompt: a worker
-    learns at once what its collective came to, and computes in no time. What this leaves out (messages in between, late news)
-    is between the driver and one worker, and tried in the scopes of two.
+    learns at once what its collective came to, and computes in no time. What this leaves out (messages in between,
+    late news) is between the driver and one worker, and tried in the scopes of two.
     """
 
     replicas: int = 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -33,10 +34,7 @@ class ShardClients:
         if missing:
             raise FeedError(f"no shard holds {', '.join(sorted(missing))}.")
         return self._all(
-            [
-                (c.finish_fetch, lambda c=c, p=p: c.start_fetch(p, step))
-                for c, p in zip(self.clients, parts, strict=True)
-            ]
+            [(c.finish_fetch, partial(c.start_fetch, p, step)) for c, p in zip(self.clients, parts, strict=True)]
         )
 
     def push(
@@ -58,9 +56,7 @@ class ShardClients:
             tables = {table: part for table, part in given.items() if table in client.tables}
             client.start_push(mine, sequence, step, version, slice=slice, examples=examples, rows=tables)
 
-        return self._all(
-            [(c.finish_push, lambda c=c, v=v: start(c, v)) for c, v in zip(self.clients, versions, strict=True)]
-        )
+        return self._all([(c.finish_push, partial(start, c, v)) for c, v in zip(self.clients, versions, strict=True)])
 
     def fetch_rows(self, tables: Mapping[str, Tensor], step: int = 0) -> dict[str, Tensor]:
         """Some rows of at most one table of each shard. tables: name -> rows, int64 [n]. Returns: [n, ...] by table."""
@@ -69,7 +65,7 @@ class ShardClients:
             raise FeedError(f"{', '.join(tables)}: every table must be on a shard, and each on another one.")
         found = self._all(
             [
-                (c.finish_fetch_rows, lambda c=c, t=table: c.start_fetch_rows(t, tables[t], step))
+                (c.finish_fetch_rows, partial(c.start_fetch_rows, table, tables[table], step))
                 for table, c in holders.items()
             ]
         )

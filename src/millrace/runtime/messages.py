@@ -65,22 +65,10 @@ def send(connection: socket.socket, message: Message, timeout_s: float, who: str
 
     Raises: WorkerError when it has ended, or takes nothing for so long.
     """
-<<<<<<< HEAD
-    connection.settimeout(min(timeout_s, LONGEST_WAIT_S))
-    try:
-        for piece in pieces(message):
-            connection.sendall(piece)
-=======
-    tensors = {name: tensor.detach().contiguous() for name, tensor in message.tensors.items()}
-    described = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()]
-    header = json.dumps({"kind": message.kind, "fields": dict(message.fields), "tensors": described}).encode()
     try:
         connection.settimeout(min(timeout_s, LONGEST_WAIT_S))
-        connection.sendall(_LENGTH.pack(len(header)) + header)
-        for tensor in tensors.values():
-            if tensor.nbytes:
-                connection.sendall(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
->>>>>>> 97ee9e5 (Servers and clients: tests over both ways)
+        for piece in pieces(message):
+            connection.sendall(piece)
     except TimeoutError:
         raise WorkerError(silent(who, timeout_s)) from None
     except OSError:
@@ -95,7 +83,6 @@ def receive(connection: socket.socket, timeout_s: float, who: str) -> Message:
     Raises: WorkerError when it has ended, or the message is not whole in time.
     """
     deadline_s = time.monotonic() + timeout_s
-<<<<<<< HEAD
     steps = reading()
     try:
         while True:
@@ -103,17 +90,6 @@ def receive(connection: socket.socket, timeout_s: float, who: str) -> Message:
     except StopIteration as end:
         message: Message = end.value
         return message
-=======
-    (length,) = _LENGTH.unpack(_read(connection, _LENGTH.size, deadline_s, timeout_s, who))
-    header = json.loads(bytes(_read(connection, length, deadline_s, timeout_s, who)))
-    tensors = {}
-    for name, dtype, shape in header["tensors"]:
-        tensor = torch.empty(shape, dtype=getattr(torch, dtype))
-        if tensor.nbytes:
-            content = tensor.reshape(-1).view(torch.uint8).numpy().data
-            _fill(connection, content, deadline_s, timeout_s, who)
-        tensors[name] = tensor
-    return Message(header["kind"], header["fields"], tensors)
 
 
 def send_bytes(connection: socket.socket, content: memoryview, timeout_s: float, who: str) -> None:
@@ -130,13 +106,6 @@ def send_bytes(connection: socket.socket, content: memoryview, timeout_s: float,
 def receive_bytes(connection: socket.socket, content: memoryview, timeout_s: float, who: str) -> None:
     """Fill memory with what the other side sends. Raises: as `receive`."""
     _fill(connection, content, time.monotonic() + timeout_s, timeout_s, who)
-
-
-def _read(connection: socket.socket, size: int, deadline_s: float, timeout_s: float, who: str) -> bytearray:
-    content = bytearray(size)
-    _fill(connection, memoryview(content), deadline_s, timeout_s, who)
-    return content
->>>>>>> 9531fba (Parameter servers: shared variables and mailboxes on one host, bytes between hosts, a copy that follows)
 
 
 def _fill(connection: socket.socket, content: memoryview, deadline_s: float, timeout_s: float, who: str) -> None:
