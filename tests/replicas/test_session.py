@@ -17,8 +17,9 @@ import torch
 from tests.graph.step_models import MODELS, batch_of, step_graph
 from torch import Tensor
 
-from millrace.errors import FetchError
+from millrace.errors import FetchError, MillraceError, WorkerError
 from millrace.graph.graph import TRAIN, Graph
+from millrace.graph.training import training_graph
 from millrace.replicas.hub import Hub
 from millrace.replicas.rendezvous import Rendezvous
 from millrace.replicas.session import ReplicatedSession
@@ -124,3 +125,64 @@ def test_a_lost_worker_costs_the_step_in_flight_and_no_bit_of_the_result(fault: 
         assert found == expected
         after = values_of(session)
         assert all(torch.equal(after[name], value) for name, value in final.items())
+
+
+def test_survivors_share_the_slices_of_whom_nobody_replaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result stays that of the whole batch, with as many slices as before."""
+    graph = step_graph("mlp", "adamw")
+    whole = Session(graph, copy=True, compile="eager")
+    expected = train(whole, "numbers", 8)
+    with replicated(graph, 3) as session:
+        found = train(session, "numbers", 3)
+        monkeypatch.setattr(session._hub, "start", lambda count: None)  # nobody comes
+        killed(pid_of(session, workers_of(session)[1]))
+        found += train(session, "numbers", 5, 3)
+        assert found == pytest.approx(expected, rel=1e-9)
+        assert len(workers_of(session)) == 2
+        assert any("was lost" in story or "lost" in story for story in session.stories)
+
+
+def test_replicas_are_added_and_taken_away_while_it_runs() -> None:
+    graph = step_graph("mlp", "adamw")
+    whole = Session(graph, copy=True, compile="eager")
+    expected = train(whole, "numbers", 9)
+    with replicated(graph, 1) as session:
+        found = train(session, "numbers", 3)
+        session.resize(3)
+        while len(session.workers) < 3:
+            time.sleep(0.05)
+        found += train(session, "numbers", 3, 3)
+        assert len(workers_of(session)) == 3
+        session.resize(2)
+        found += train(session, "numbers", 3, 6)
+        assert len(workers_of(session)) == 2
+        assert found == pytest.approx(expected, rel=1e-9)
+
+
+def failing(model: torch.nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """An index out of range for some batches."""
+    table = torch.arange(4.0, dtype=torch.float64)
+    return (model(batch[0]).sum(1) * table[batch[1]]).mean()
+
+
+def test_an_error_of_the_model_ends_the_run_and_names_worker_step_and_line() -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Linear(4, 3).double()
+    batch = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 2, 1])
+    graph = training_graph(net, failing, torch.optim.SGD(net.parameters(), lr=0.1), batch)
+    with replicated(graph, 2) as session:
+        session.run([TRAIN, "loss"], batch)
+        bad = batch[0], torch.tensor([0, 1, 2, 3, 2, 9])
+        with pytest.raises(MillraceError, match=r"(?s)(worker m\d, step 2: .*)?test_session.py:\d+ in failing"):
+            session.run([TRAIN, "loss"], bad)
+
+
+def test_everybody_lost_at_once_ends_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = step_graph("mlp", "sgd")
+    with replicated(graph, 2) as session:
+        train(session, "numbers", 2)
+        monkeypatch.setattr(session._hub, "start", session._hub.start)
+        for member in session.workers:
+            killed(pid_of(session, member))
+        with pytest.raises(WorkerError, match=r"(?s)What happened:.*SIGKILL"):
+            train(session, "numbers", 3, 2)

@@ -241,10 +241,11 @@ class ReplicatedSession(RemoteSession):
     def _answer_to(self, wanted: StepWanted | ReadWanted) -> StepDone | VariablesRead:
         """Do what the coordinator says until it answers. Bounded: whoever it waits for is under `Expect`."""
         self._answers.clear()
+        while (event := self._hub.next(0.0)) is not None:  # who came or went since the last step
+            self._heard(event)
         self._carry_out(self._coordinator.handle(wanted))
         while not self._answers:
-            event = self._hub.next(_TURN_S)
-            if event is not None:
+            if (event := self._hub.next(_TURN_S)) is not None:
                 self._heard(event)
         return self._answers.pop()
 
