@@ -13,10 +13,14 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 .PHONY: help train test lint format types contract bench check clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 train: $(VENV)/.installed-zoo  ## train the digit reader, with a progress bar (ARGS="--set epochs=2" for options)
 	$(BIN)/millrace train digits $(ARGS)
+
+cluster-demo: $(VENV)/.installed-zoo  ## train digits in 4 replicas on a local Ray cluster, one of which is killed every 3 seconds
+	$(BIN)/pip install --quiet "ray>=2.50"
+	$(BIN)/millrace train digits --replicas 4 --cluster local --chaos 3 $(ARGS)
 
 test: $(VENV)/.installed-test  ## run all tests (ARGS="tests/graph -k save" for some)
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $(ARGS)

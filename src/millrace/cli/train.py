@@ -30,6 +30,8 @@ millrace train digits
 millrace train digits --set epochs=5 --set seed=1 --json
 millrace train chars --device cuda --set precision=bfloat16
 millrace train chars --devices 2 --microbatches 4        over two worker processes of this machine
+millrace train digits --replicas 4 --chaos 3             four replicas, one of which is killed every 3 seconds
+millrace train digits --replicas 4 --cluster local       the same number on a Ray cluster, here a local one
 millrace train --resume latest
 millrace train --resume runs/digits-20260101-120000-abcd --set epochs=60     train on, for longer"""
 
@@ -71,7 +73,16 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     options.add_argument(
         "--devices", type=devices_of, metavar="N", help="train over N CPU workers here, or gpu:0,cpu:0, or all"
     )
-    options.add_argument("--cluster", type=Path, metavar="FILE", help="or over those in a cluster file")
+    options.add_argument(
+        "--cluster",
+        metavar="WHERE",
+        help="or over those in a cluster file (FILE.toml); with --replicas: Ray, local or at an address",
+    )
+    options.add_argument("--replicas", type=int, metavar="N", help="train in N processes, each with a slice of a batch")
+    options.add_argument(
+        "--update", default="sync", metavar="WAY", help="how replicas agree: sync, async, local_steps (sync)"
+    )
+    options.add_argument("--chaos", type=float, metavar="SECONDS", help="kill one of the processes every so often")
     add_dividing(options)
     add_json(options)
     options.add_argument("--quiet", action="store_true", help="show no progress")
@@ -80,6 +91,10 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
         options.error("a TASK is needed (`millrace tasks` lists them), or --resume RUN")
     if given.resume is not None and given.run_dir is not None:
         options.error("--run-dir is for new runs; --resume RUN goes on in RUN")
+    if given.replicas is not None and given.devices is not None:
+        options.error("--replicas N and --devices N cannot go together")
+    if given.replicas is None and (given.update != "sync" or given.chaos is not None):
+        options.error("--update and --chaos are for replicas: give --replicas N")
     if given.devices is not None and given.cluster is not None:
         options.error("--devices N makes workers of this machine, --cluster FILE lists them: give one of the two")
     several = given.on or given.wire or given.microbatches > 1 or given.time_chunks > 1
@@ -91,9 +106,18 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
 
 
 def _division(given: argparse.Namespace) -> Division:
-    devices = read_cluster(given.cluster) if given.cluster is not None else given.devices
+    several = given.cluster is not None and given.replicas is None
     return Division(
-        devices, wishes(given.on) or None, given.microbatches, given.time_chunks, given.partitions, given.wire
+        devices=read_cluster(Path(given.cluster)) if several else given.devices,
+        placement=wishes(given.on) or None,
+        microbatches=given.microbatches,
+        time_chunks=given.time_chunks,
+        partitions=given.partitions,
+        wire=given.wire,
+        replicas=given.replicas,
+        update=given.update,
+        cluster=None if several else given.cluster,
+        chaos_s=given.chaos,
     )
 
 
@@ -101,6 +125,7 @@ def _division_arguments(given: argparse.Namespace) -> str:
     """The arguments that a run needs again when it goes on."""
     found = []
     defaults = {"devices": None, "cluster": None, "microbatches": 1, "time_chunks": 1, "partitions": 1, "wire": None}
+    defaults |= {"replicas": None, "update": "sync"}
     for name, default in defaults.items():
         if getattr(given, name) != default:
             value = getattr(given, name)

@@ -152,6 +152,10 @@ class ReplicatedSession(RemoteSession):
         self.replicas = replicas
         self._carry_out(self._coordinator.handle(Resized(replicas)))
 
+    def kill(self, member: str) -> None:
+        """End one of the processes by SIGKILL, as a fault would."""
+        self._hub.kill(member, "it was killed on purpose")
+
     @property
     def last_tier(self) -> str:
         """ "inductor" when all that the last step ran was compiled."""
@@ -255,7 +259,9 @@ class ReplicatedSession(RemoteSession):
             case hub_events.Joined(member):
                 told = Joined(member)
             case hub_events.Lost(member, why):
-                self._given.pop(member, None)
+                if member in self._given:  # not one that stood by, or was not needed any more
+                    self._say(f"worker {member} was lost in step {self._step}: {why}")
+                    del self._given[member]
                 told = Lost(member, why)
             case hub_events.Said(member, message):
                 if message.kind == "error":
@@ -282,6 +288,7 @@ class ReplicatedSession(RemoteSession):
                 case StartMembers(count):
                     self._hub.start(count)
                 case Stop(member):
+                    self._given.pop(member, None)
                     self._hub.kill(member, "not needed any more")
                 case Expect(member, doing):
                     self._hub.expect(member, None if doing is None else self._patience())

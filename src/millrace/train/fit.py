@@ -82,7 +82,7 @@ def fit(
         replicas: train in so many processes at once, each with a slice of every batch; processes may die. The result is
             that of one process (up to rounding). update: how they agree: "sync", "async", "local_steps", or one of
             `millrace.replicas.settings` with more to say. cluster: where they run: None for processes of this machine,
-            "local" or an address for Ray. spares: how many more stand by. patience_s: how long one may show no
+            "local" or an address for Ray. spares: how many more stand by. chaos_s: kill one every so many seconds, to see that nothing is lost. patience_s: how long one may show no
             progress (None: from the measured steps). drop_failing: replace a process in which the model's own code
             raised, instead of ending with its error. See docs/replicas.md.
         steps_per_call: run this many steps in one compiled call (for small models).

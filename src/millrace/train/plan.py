@@ -41,6 +41,7 @@ class PlanSettings(TypedDict, total=False):
     update: str | Update
     cluster: str | None
     spares: int
+    chaos_s: float | None
     patience_s: float | None
     drop_failing: bool
     compile: str
@@ -89,6 +90,7 @@ class Plan:
     update: str | Update = "sync"
     cluster: str | None = None
     spares: int = 1
+    chaos_s: float | None = None
     patience_s: float | None = None
     drop_failing: bool = False
     compile: str = "tiered"
@@ -166,8 +168,10 @@ class Plan:
             raise SettingError(
                 "replicas=… together with devices=… is not possible: each replica computes in one process. Choose one."
             )
-        if self.patience_s is not None and not self.patience_s > 0:
-            raise SettingError(f"patience_s={self.patience_s!r}: expected seconds above 0, or None")
+        for name in ("patience_s", "chaos_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise SettingError(f"{name}={value!r}: expected seconds above 0, or None")
 
     def refuse_changes(self, before: Mapping[str, Any]) -> None:
         """Raise SettingError where a run that goes on would become another; `before` is its `as_config`."""

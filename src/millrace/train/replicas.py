@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import secrets
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -40,7 +43,7 @@ class ReplicaRun:
         hub = Hub(launcher, secrets.token_bytes(_TOKEN_BYTES), Path(directory.name), self._say)
         rendezvous = Rendezvous()
         try:
-            return ReplicatedSession(
+            session = ReplicatedSession(
                 graph,
                 hub,
                 rendezvous,
@@ -52,6 +55,9 @@ class ReplicaRun:
                 directory=directory,
                 say=self._say,
             )
+            if plan.chaos_s is not None:
+                threading.Thread(target=_chaos, args=(session, plan.chaos_s, plan.seed), daemon=True).start()
+            return session
         except BaseException:
             hub.close()
             rendezvous.close()
@@ -62,3 +68,13 @@ class ReplicaRun:
         assert self._plan.replicas is not None
         threads = max(1, torch.get_num_threads() // self._plan.replicas)
         return ProcessLauncher("millrace.replicas.member", [], threads, directory)
+
+
+def _chaos(session: ReplicatedSession, every_s: float, seed: int) -> None:
+    """Kill one of the processes now and then, while there are any."""
+    choices = random.Random(seed)
+    while True:
+        time.sleep(every_s)
+        if not session.workers:
+            return
+        session.kill(choices.choice(session.workers))

@@ -62,7 +62,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Division:
-    """Over what a run is divided: see `fit`. devices: None trains in this process."""
+    """Over what a run is divided: see `fit`. devices, replicas: None for both trains in this process."""
 
     devices: Devices | None = None
     placement: Mapping[str, str] | None = None
@@ -70,6 +70,15 @@ class Division:
     time_chunks: int = 1
     partitions: int = 1
     wire: str | None = None
+    replicas: int | None = None
+    update: str = "sync"
+    cluster: str | None = None
+    chaos_s: float | None = None
+
+    @property
+    def has_processes(self) -> bool:
+        """Whether it computes in other processes than this one."""
+        return self.devices is not None or self.replicas is not None
 
 
 @dataclass(frozen=True)
@@ -137,7 +146,7 @@ def train(
     Raises: as `millrace.train.fit.fit`.
     """
     settings = task.settings
-    device = checked_device("cpu" if device is None and division.devices is not None else device)
+    device = checked_device("cpu" if device is None and division.has_processes else device)
     data = task.data(None if resume is None else resume.config.get("facts"))
     torch.manual_seed(settings.seed)
     model = task.model(data.facts)
@@ -163,6 +172,10 @@ def train(
             time_chunks=division.time_chunks,
             partitions=division.partitions,
             wire=division.wire,
+            replicas=division.replicas,
+            update=division.update,
+            cluster=division.cluster,
+            chaos_s=division.chaos_s,
             **_fit_settings(settings),
         )
         model.eval()
