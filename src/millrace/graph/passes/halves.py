@@ -83,8 +83,11 @@ class _Cut:
     # -- which node is in which half -----------------------------------------------------------------------------
 
     def _first_nodes(self) -> set[Node]:
-        """Forward and backward, what counts the random numbers that they draw, and the parts that an update takes of
-        their values, so that each block of a split parameter gets its own part and no more."""
+        """Forward and backward, and what counts the random numbers that they draw.
+
+        A view is where its source is: the part of a gradient that a block of a split parameter takes is made before it
+        travels, and a fetched view of a parameter shows what the update has left.
+        """
         first = {n for n in self._graph.nodes if info(n).phase is not Phase.UPDATE}
         for variable in self._graph.variables:
             if variable.role is Role.RANDOM and variable.name in self._updates:
@@ -92,8 +95,9 @@ class _Cut:
                 if any(user in first for user in drawn.users):
                     first |= {n for n in ancestors([self._updates[variable.name]]) if n.op == "call_function"}
         for node in self._graph.nodes:
-            if _viewed(node) in first:
-                first.add(node)
+            source = _viewed(node)
+            if source is not None and source.op == "call_function":
+                (first.add if source in first else first.discard)(node)
         return first
 
     def _free_nodes(self) -> set[Node]:
