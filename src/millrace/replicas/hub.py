@@ -85,7 +85,6 @@ class Hub:
         token: the run's secret.
         directory: for sockets; only its user can enter (mode 0700). Members get to know it.
         say: is told, from the hub's thread, of strangers that were refused.
-        where: where it listens; by default a socket in the directory.
         beat_late_s: how long a member may show no sign of life.
         start_within_s: how long a member may take to start.
     """
@@ -97,7 +96,6 @@ class Hub:
         directory: Path,
         say: Callable[[str], None],
         *,
-        where: str | None = None,
         beat_late_s: float = BEAT_LATE_S,
         start_within_s: float = START_WITHIN_S,
     ) -> None:
@@ -107,7 +105,7 @@ class Hub:
         self._say = say
         self._beat_late_s = beat_late_s
         self._start_within_s = start_within_s
-        self._listener = listen(where or f"unix:{directory}/hub", say)
+        self._listener = listen(launcher.where or f"unix:{directory}/hub", say)
         self._members: dict[str, _Member] = {}  # all there ever were
         self._numbers = itertools.count()
         self._events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()

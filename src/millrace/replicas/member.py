@@ -76,7 +76,10 @@ def _call_driver(name: str, variables: Mapping[str, str]) -> Line:
     beat = dial(address, token, {**hello, "for": "beat"}, _DIAL_S)
     if beat.family != socket.AF_UNIX and sys.platform == "linux":
         beat.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
-    return Line(name, Path(variables["MILLRACE_DIRECTORY"]), token, connection, beat)
+    directory = Path(variables["MILLRACE_DIRECTORY"])
+    if not directory.is_dir():  # we are on another machine
+        directory = Path(variables["MILLRACE_SCRATCH"])
+    return Line(name, directory, token, connection, beat)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,12 @@ _TAIL_BYTES = 4096
 
 
 class Launcher(Protocol):
-    """Processes by name. For one thread, which outlives them: Linux ends them with the thread that started them."""
+    """Processes by name. For one thread, which outlives them: Linux ends them with the thread that started them.
+
+    where: an address to listen at so that all of them can dial in; None where a socket in a directory will do.
+    """
+
+    where: str | None
 
     def start(self, name: str, environment: Mapping[str, str]) -> None:
         """Start one; a name is used once.
@@ -60,6 +65,7 @@ class ProcessLauncher:
     """
 
     def __init__(self, module: str, arguments: Sequence[str], threads: int, directory: Path) -> None:
+        self.where: str | None = None
         self._module = module
         self._arguments = tuple(arguments)
         self._threads = threads

@@ -1,0 +1,296 @@
+"""Starting the processes of a run on a Ray cluster, or on a small Ray of this machine's own.
+
+The only module that imports Ray; `choose_launcher` imports it, when a cluster is asked for. Ray finds the machines and
+counts their cores and GPUs; what the processes say to each other does not go through it. Nothing is restarted by Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from millrace import child_process
+from millrace.errors import PlacementError, SettingError
+from millrace.runtime import keeper, launch
+
+try:
+    import ray
+    from ray import cloudpickle
+    from ray._private import ray_constants
+except ImportError as error:
+    raise SettingError(
+        f"`cluster` needs Ray, which cannot be imported ({error}). Install it with: pip install 'millrace[ray]'"
+    ) from error
+
+_ANSWER_S = 5.0  # for a cluster's port
+_KEEPER_S = 0.5  # for an actor to kill its process; then it is killed itself, and its process ends with it
+_END_S = 5.0
+_OBJECT_STORE_BYTES = 80 * 2**20  # about the least that Ray takes; no tensor goes through it
+_LONGEST_TEMPORARY = 40  # characters; Ray adds names of sockets, and all together may have 107
+
+for _module in (child_process, launch, keeper):
+    cloudpickle.register_pickle_by_value(_module)
+
+
+@dataclass
+class _Kept:
+    """A process and its actor. ended: how, and its last words. pid: done once it is scheduled and has started."""
+
+    actor: Any
+    ended: Future[tuple[str, str]]
+    pid: Future[int]
+    since_s: float
+    killed_s: float | None = None
+    how: tuple[str, str] | None = None
+
+
+class RayLauncher:
+    """A `Launcher` whose processes are children of Ray actors, one each.
+
+    Args:
+        address: "local" starts a Ray on this machine, on loopback, for this run alone; "HOST:PORT" or
+            "ray://HOST:PORT" joins one. Where this process has joined one already, that one is used.
+        module, arguments, threads: as of `ProcessLauncher`.
+        directory: where a local Ray keeps its files, if the path is short enough for sockets.
+        cpus, gpus: what Ray is to reserve for each process.
+        local_cpus: how many cores a local Ray is told it has; by default those of this machine.
+        schedule_within_s: how long a cluster may take to find room for a process.
+
+    Raises: SettingError when no cluster answers there.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        module: str,
+        arguments: Sequence[str],
+        threads: int,
+        directory: Path,
+        *,
+        cpus: float = 1.0,
+        gpus: float = 0.0,
+        local_cpus: float | None = None,
+        schedule_within_s: float = 30.0,
+    ) -> None:
+        self._module = module
+        self._arguments = tuple(arguments)
+        self._environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        self._asked = {"CPU": cpus, "GPU": gpus}
+        self._schedule_within_s = schedule_within_s
+        self._address = address
+        self._kept: dict[str, _Kept] = {}
+        self._local: dict[str, float] = {}
+        self.where: str | None = None
+        if ray.is_initialized():
+            self._leave: Callable[[], None] = lambda: None
+            self.where = f"tcp:{ray.util.get_node_ip_address()}:0"
+        elif address == "local":
+            self._local = {"CPU": float(local_cpus or os.cpu_count() or 1)}
+            self._leave = _start(directory, self._local["CPU"])
+            # Paths of this machine mean nothing to others, which have millrace installed.
+            self._environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(p) for p in sys.path if p)
+        else:
+            self.where = f"tcp:{_own_address(address)}:0"
+            self._leave = _join(address)
+        self._actors = ray.remote(keeper.Keeper).options(
+            num_cpus=cpus,
+            num_gpus=gpus,
+            max_restarts=0,  # whoever is lost is replaced by a spare, which is quicker
+            max_task_retries=0,
+            max_concurrency=3,  # to wait for the end, to say who it is, to kill
+        )
+
+    def start(self, name: str, environment: Mapping[str, str]) -> None:
+        """See `Launcher.start`. Where the cluster may yet find room, `exit_of` tells later that it has not."""
+        alive = sum(self.exit_of(other) is None for other in self._kept)
+        for kind, has in self._local.items():
+            if (alive + 1) * self._asked[kind] > has:
+                raise PlacementError(
+                    f"{name} asks for {self._asked[kind]:g} {kind}, but the local Ray has {has:g} in all, and "
+                    f"{alive} processes with {alive * self._asked[kind]:g} already. Ask for fewer replicas, servers "
+                    "and spares, or for less of each, or use a cluster that has more."
+                )
+        actor = self._actors.remote()
+        ended = actor.run.remote(self._module, name, self._arguments, {**self._environment, **environment})
+        self._kept[name] = _Kept(actor, ended.future(), actor.pid.remote().future(), time.monotonic())
+
+    def kill(self, name: str) -> None:
+        """See `Launcher.kill`."""
+        kept = self._kept[name]
+        if kept.killed_s is None and kept.how is None:
+            kept.killed_s = time.monotonic()
+            kept.actor.kill.remote()
+
+    def exit_of(self, name: str) -> str | None:
+        """See `Launcher.exit_of`."""
+        kept = self._kept[name]
+        now_s = time.monotonic()
+        if kept.how is None and kept.ended.done():
+            self._over(kept, _result(kept.ended))
+        elif kept.how is None and not kept.pid.done() and now_s - kept.since_s > self._schedule_within_s:
+            self._over(kept, (self._no_room(), ""))
+        elif kept.how is None and kept.killed_s is not None and now_s - kept.killed_s > _KEEPER_S:
+            self._over(kept, ("was killed with its Ray actor, which did not answer", ""))
+        return kept.how[0] if kept.how else None
+
+    def last_words(self, name: str) -> str:
+        """See `Launcher.last_words`; known once it has ended."""
+        how = self._kept[name].how
+        return how[1] if how else ""
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """See `Launcher.pids`; numbers on their own machines."""
+        return {
+            name: kept.pid.result()
+            for name, kept in self._kept.items()
+            if kept.pid.done() and kept.pid.exception() is None
+        }
+
+    def close(self) -> None:
+        """See `Launcher.close`. A local Ray ends with it."""
+        alive = [name for name in self._kept if self.exit_of(name) is None]
+        for name in alive:
+            self.kill(name)
+        wait([self._kept[name].ended for name in alive], _END_S)
+        for name in alive:
+            if self.exit_of(name) is None:
+                self._over(self._kept[name], ("was killed with its Ray actor", ""))
+        leave, self._leave = self._leave, lambda: None
+        leave()
+
+    def _over(self, kept: _Kept, how: tuple[str, str]) -> None:
+        kept.how = how
+        with contextlib.suppress(Exception):  # what it holds of Ray is free again; it may be gone already
+            ray.kill(kept.actor)
+
+    def _no_room(self) -> str:
+        asked = ", ".join(f"{count:g} {kind}" for kind, count in self._asked.items() if count)
+        has, free = ray.cluster_resources(), ray.available_resources()
+        known = ", ".join(f"{has[k]:g} {k} of which {free.get(k, 0.0):g} free" for k in ("CPU", "GPU") if k in has)
+        return (
+            f"found no room within {self._schedule_within_s:.3g} s: it asks for {asked or 'nothing'}; Ray at "
+            f"{self._address} has {known} on {len(ray.nodes())} machines. Ask for fewer replicas, servers and spares, "
+            "or for less of each, or add machines"
+        )
+
+
+def _result(ended: Future[tuple[str, str]]) -> tuple[str, str]:
+    error = ended.exception()
+    if error is None:
+        return ended.result()
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return f"ended with its Ray actor ({type(error).__name__})", lines[-1] if lines else ""
+
+
+def _start(directory: Path, cpus: float) -> Callable[[], None]:
+    """Start a Ray of this machine's own. Returns: what ends it, with its files."""
+    fits = len(str(directory.absolute())) + len("/ray") <= _LONGEST_TEMPORARY
+    temporary = Path(directory.absolute(), "ray") if fits else Path(tempfile.mkdtemp(prefix="millrace-ray-"))
+    _protect()
+    try:
+        with _settings(temporary):
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                configure_logging=False,
+                _temp_dir=str(temporary),
+            )
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+    def end() -> None:
+        try:
+            ray.shutdown(wait_for_processes=True)
+        except TypeError:  # earlier versions always leave before their processes have
+            ray.shutdown()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+    return end
+
+
+def _protect() -> None:
+    """Give a Ray that we start a token, without which nobody may use it, rather than have it make one in $HOME.
+
+    This process keeps it: Ray reads it once.
+    """
+    has_one = "RAY_AUTH_TOKEN_PATH" in os.environ or (Path.home() / ".ray/auth_token").exists()
+    if not has_one:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+@contextlib.contextmanager
+def _settings(temporary: Path) -> Iterator[None]:
+    """Have Ray start on loopback and tell nobody of it; afterwards this process is as it was."""
+    changes = {
+        "RAY_TMPDIR": str(temporary),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # with it, Ray takes 127.0.0.1 for this machine's only address
+    }
+    before = {name: os.environ.get(name) for name in (*changes, "PYTHONBREAKPOINT")}
+    clusters = ray_constants.ENABLE_RAY_CLUSTER
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM)
+    log = logging.getLogger("ray")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it would advise the user on the token
+    os.environ.update(changes)
+    ray_constants.ENABLE_RAY_CLUSTER = False  # the same for this process, as Ray read its environment when imported
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = clusters
+        log.setLevel(level)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        if in_main:
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _join(address: str) -> Callable[[], None]:
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address=address, log_to_driver=False, configure_logging=False)
+    except Exception as error:
+        raise SettingError(f"Ray at {address} cannot be joined: {str(error).strip().splitlines()[0]}") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+    leave: Callable[[], None] = ray.shutdown
+    return leave
+
+
+def _own_address(address: str) -> str:
+    """The address that this machine has for those of the cluster."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        raise SettingError(f"cluster={address!r} is no cluster: expected 'local', 'HOST:PORT' or 'ray://HOST:PORT'.")
+    try:
+        with socket.create_connection((host, int(port)), _ANSWER_S) as connection:
+            own: str = connection.getsockname()[0]
+            return own
+    except OSError as error:
+        raise SettingError(
+            f"no Ray cluster answers at {address} ({error.strerror or error}). Start one (`ray start --head`), or use "
+            "cluster='local'."
+        ) from error
