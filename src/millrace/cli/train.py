@@ -76,11 +76,11 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     options.add_argument(
         "--cluster",
         metavar="WHERE",
-        help="or over those in a cluster file (FILE.toml); with --replicas: Ray, local or at an address",
+        help="or over those in a cluster file; with --replicas: Ray, local or its address",
     )
     options.add_argument("--replicas", type=int, metavar="N", help="train in N processes, each with a slice of a batch")
     options.add_argument(
-        "--update", default="sync", metavar="WAY", help="how replicas agree: sync, async, local_steps (sync)"
+        "--update", default="sync", metavar="WAY", help="how they agree: sync, async, local_steps (sync)"
     )
     options.add_argument("--chaos", type=float, metavar="SECONDS", help="kill one of the processes every so often")
     add_dividing(options)
@@ -124,7 +124,14 @@ def _division(given: argparse.Namespace) -> Division:
 def _division_arguments(given: argparse.Namespace) -> str:
     """The arguments that a run needs again when it goes on."""
     found = []
-    defaults = {"devices": None, "cluster": None, "microbatches": 1, "time_chunks": 1, "partitions": 1, "wire": None}
+    defaults: dict[str, Any] = {
+        "devices": None,
+        "cluster": None,
+        "microbatches": 1,
+        "time_chunks": 1,
+        "partitions": 1,
+        "wire": None,
+    }
     defaults |= {"replicas": None, "update": "sync"}
     for name, default in defaults.items():
         if getattr(given, name) != default:

@@ -79,12 +79,13 @@ def fit(
             wire: narrow what they send each other: "bfloat16", "int8", "zeros" (exact), or a mapping such as
             {"encoder.*": "int8"}; see docs/placement.md.
             The run directory then also has the placement and the timeline of a step: see `millrace.train.devices`.
-        replicas: train in so many processes at once, each with a slice of every batch; processes may die. The result is
-            that of one process (up to rounding). update: how they agree: "sync", "async", "local_steps", or one of
-            `millrace.replicas.settings` with more to say. cluster: where they run: None for processes of this machine,
-            "local" or an address for Ray. spares: how many more stand by. chaos_s: kill one every so many seconds, to see that nothing is lost. patience_s: how long one may show no
-            progress (None: from the measured steps). drop_failing: replace a process in which the model's own code
-            raised, instead of ending with its error. See docs/replicas.md.
+        replicas: train in so many processes at once, each with a slice of every batch; processes may die. The result
+            is that of one process (up to rounding). update: how they agree: "sync", "async", "local_steps", or one of
+            `millrace.replicas.settings` with more to say. cluster: where they run: None for processes of this
+            machine, "local" or an address for Ray. spares: how many more stand by. patience_s: how long one may show
+            no progress (None: from the measured steps). drop_failing: replace a process in which the step failed,
+            instead of ending with its error. chaos_s: kill one every so many seconds, to see that nothing is lost.
+            See docs/replicas.md.
         steps_per_call: run this many steps in one compiled call (for small models).
         seed: of the data's order and of the step's random numbers (not of the model's initial weights).
         evaluate_every, checkpoint_every: in steps; by default at the end of every epoch.
