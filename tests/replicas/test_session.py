@@ -116,7 +116,7 @@ def test_a_lost_worker_costs_the_step_in_flight_and_no_bit_of_the_result(fault: 
         expected, final = train(session, "images", 12), values_of(session)
     with replicated(graph, 3, spares=1) as session:
         found = train(session, "images", 4)
-        while len(session.workers) < 4:  # the spare comes later
+        while len(session.members) < 4:  # the spare comes later
             time.sleep(0.05)
         threading.Timer(0.05, fault, [pid_of(session, workers_of(session)[slice_])]).start()
         began_s = time.monotonic()
@@ -149,7 +149,7 @@ def test_replicas_are_added_and_taken_away_while_it_runs() -> None:
     with replicated(graph, 1) as session:
         found = train(session, "numbers", 3)
         session.resize(3)
-        while len(session.workers) < 3:
+        while len(session.members) < 3:
             time.sleep(0.05)
         found += train(session, "numbers", 3, 3)
         assert len(workers_of(session)) == 3
@@ -182,7 +182,7 @@ def test_everybody_lost_at_once_ends_in_words(monkeypatch: pytest.MonkeyPatch) -
     with replicated(graph, 2) as session:
         train(session, "numbers", 2)
         monkeypatch.setattr(session._hub, "start", session._hub.start)
-        for member in session.workers:
+        for member in session.members:
             killed(pid_of(session, member))
         with pytest.raises(WorkerError, match=r"(?s)What happened:.*SIGKILL"):
             train(session, "numbers", 3, 2)

@@ -116,11 +116,13 @@ class ReplicatedSession(RemoteSession):
         self._step = 0
         self._step_s: deque[float] = deque(maxlen=50)
         self._tiers: set[str] = set()
+        self.closed = False
         self._coordinator = Coordinator(replicas, spares=spares)
         self._carry_out(self._coordinator.start())
 
     def close(self) -> None:
         """End the workers; what they hold of the variables goes with them."""
+        self.closed = True
         self._hub.close()
         self._rendezvous.close()
         if self._directory is not None:
@@ -163,7 +165,13 @@ class ReplicatedSession(RemoteSession):
 
     @property
     def workers(self) -> tuple[str, ...]:
-        """The members that have joined and are not known to be lost, spares among them."""
+        """The processes that have a replica and are not known to be lost."""
+        there = self._hub.members
+        return tuple(member for member in self._given if member in there)
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """All processes that have joined and are not known to be lost: workers, and those that stand by."""
         return self._hub.members
 
     # -- variables -----------------------------------------------------------------------------------------------

@@ -18,10 +18,12 @@ from millrace.replicas.hub import Hub
 from millrace.replicas.rendezvous import Rendezvous
 from millrace.replicas.session import ReplicatedSession
 from millrace.replicas.settings import Sync, update_of
-from millrace.runtime.launch import Launcher, ProcessLauncher
+from millrace.runtime.choose_launcher import choose_launcher
+from millrace.runtime.launch import Launcher
 from millrace.train.plan import Plan
 
 _TOKEN_BYTES = 32
+_MORE = 4
 
 
 class ReplicaRun:
@@ -41,7 +43,7 @@ class ReplicaRun:
         directory = tempfile.TemporaryDirectory(prefix="millrace-")
         launcher = self._launcher(Path(directory.name))
         hub = Hub(launcher, secrets.token_bytes(_TOKEN_BYTES), Path(directory.name), self._say)
-        rendezvous = Rendezvous()
+        rendezvous = Rendezvous(launcher.where.split(":")[1]) if launcher.where else Rendezvous()
         try:
             session = ReplicatedSession(
                 graph,
@@ -65,16 +67,18 @@ class ReplicaRun:
             raise
 
     def _launcher(self, directory: Path) -> Launcher:
-        assert self._plan.replicas is not None
-        threads = max(1, torch.get_num_threads() // self._plan.replicas)
-        return ProcessLauncher("millrace.replicas.member", [], threads, directory)
+        plan = self._plan
+        assert plan.replicas is not None
+        threads = max(1, torch.get_num_threads() // plan.replicas)
+        # On this machine there may be more processes than cores; who was lost may not have gone when the next comes.
+        local = {"local_cpus": plan.replicas + plan.spares + _MORE} if plan.cluster == "local" else {}
+        return choose_launcher(plan.cluster, "millrace.replicas.member", [], threads, directory, **local)
 
 
 def _chaos(session: ReplicatedSession, every_s: float, seed: int) -> None:
-    """Kill one of the processes now and then, while there are any."""
+    """Kill one of the workers now and then, until the session ends."""
     choices = random.Random(seed)
-    while True:
+    while not session.closed:
         time.sleep(every_s)
-        if not session.workers:
-            return
-        session.kill(choices.choice(session.workers))
+        if len(workers := session.workers) > 1:  # nobody could give the variables of the last one to the next
+            session.kill(choices.choice(workers))
