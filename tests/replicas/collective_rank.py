@@ -1,6 +1,8 @@
-"""One rank of a group, for tests: a process that reads a JSON object per line, and answers each with one.
+"""Ranks of a group, for tests: processes that read a JSON object per line, and answer each with one.
 
-    collective_rank.py   {"call": NAME, …} → {"answer": …} or {"error": …, "message": …, "seconds": …}
+    {"call": NAME, …} → {"answer": …} or {"error": …, "message": …, "seconds": …}
+
+The program itself forks them, one for each path of a Unix socket that it reads, so that torch is imported only once.
 
 What the ranks reduce follows from a seed, so that nothing but the seed has to be told. {"abandon": true} is heard at
 any time, also while a call waits: it is what the group's `abandoned` tells.
@@ -8,17 +10,17 @@ any time, also while a call waits: it is what the group's `abandoned` tells.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import os
 import queue
+import socket
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -160,7 +162,6 @@ class Rank:
 
     def open(self) -> dict[str, int]:
         """Threads, open files, and mapped regions of groups."""
-        gc.collect()
         maps = Path("/proc/self/maps").read_text().count("memfd:millrace-group")
         return {
             "threads": len(os.listdir("/proc/self/task")),
@@ -180,30 +181,47 @@ def _of_all_dtypes(seed: int, rank: int) -> list[Tensor]:
     return made
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    rank, calls = Rank(), queue.SimpleQueue[dict[str, Any] | None]()
+def be_rank(calls: TextIO, answers: TextIO) -> None:
+    """Answer until there are no more calls."""
+    rank, asked_for = Rank(), queue.SimpleQueue[dict[str, Any] | None]()
 
     def listen() -> None:
-        for line in sys.stdin:
+        for line in calls:
             asked = json.loads(line)
             if asked.get("abandon"):
                 rank.abandoned.set()
             else:
-                calls.put(asked)
+                asked_for.put(asked)
         rank.abandoned.set()
-        calls.put(None)
+        asked_for.put(None)
 
     threading.Thread(target=listen, daemon=True).start()
-    print(json.dumps({"answer": "ready"}), flush=True)
-    while (asked := calls.get()) is not None:
+    while (asked := asked_for.get()) is not None:
         begun_s = time.monotonic()
         try:
             answer = {"answer": getattr(rank, asked.pop("call"))(**asked)}
         except MillraceError as error:
             seconds = time.monotonic() - begun_s
             answer = {"error": type(error).__name__, "message": str(error), "seconds": seconds}
-        print(json.dumps(answer), flush=True)
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def main() -> None:
+    """Fork a rank for every path of a socket, and answer with its process id; then say how the ranks have ended."""
+    torch.set_num_threads(1)
+    pids = []
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(line.strip())
+                be_rank(connection.makefile("r"), connection.makefile("w"))
+            return
+        pids.append(pid)
+        print(json.dumps(pid), flush=True)
+    print(json.dumps({pid: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids}), flush=True)
 
 
 if __name__ == "__main__":
