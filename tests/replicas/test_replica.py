@@ -15,7 +15,7 @@ from millrace.graph.graph import TRAIN, Graph
 from millrace.graph.passes.halves import halves
 from millrace.graph.random import slice_random
 from millrace.graph.save import graph_bytes, graph_from_bytes
-from millrace.replicas.replica import Computed, Replica
+from millrace.replicas.replica import Computed, Replica, Slice
 from millrace.runtime.session import Session
 
 SIZES = [3, 2, 1]
@@ -33,12 +33,12 @@ def replica_of(graph: Graph, sizes: Sequence[int], kind: str) -> Replica:
     return made
 
 
-def sliced(batch: Sequence[Tensor], sizes: Sequence[int]) -> list[tuple[int, int, float, dict[str, Tensor]]]:
+def sliced(batch: Sequence[Tensor], sizes: Sequence[int]) -> list[Slice]:
     parts = [tensor.split([s for s in sizes if s]) for tensor in batch]
     found = []
     for number, size in enumerate(sizes):
         feeds = {str(i): part[number] for i, part in enumerate(parts)} if size else {}
-        found.append((number, size or max(sizes), size / sum(sizes), feeds))
+        found.append(Slice(number, size or max(sizes), size / sum(sizes), (feeds,) if size else ()))
     return found
 
 
@@ -88,7 +88,7 @@ def test_slices_draw_from_streams_of_their_own_and_count_together() -> None:
     replica = replica_of(graph, [3], "numbers")
     batch = batch_of("numbers", 3)
     before = replica.variables["random"].clone()
-    same = [(number, 3, 0.5, {"0": batch[0], "1": batch[1]}) for number in (0, 1)]
+    same = [Slice(number, 3, 0.5, ({"0": batch[0], "1": batch[1]},)) for number in (0, 1)]
     found = replica.compute(same)
     assert not torch.equal(found.fetches[0]["loss"], found.fetches[1]["loss"])
     assert torch.equal(replica.variables["random"], before)
@@ -104,7 +104,7 @@ def test_statistics_of_batchnorm_are_averaged_and_the_count_of_batches_is_not() 
     each = []
     for one in slices:
         lone = replica_of(graph, [3], "images")
-        found = lone.compute([(one[0], one[1], 1.0, one[3])])
+        found = lone.compute([Slice(one.number, one.key, 1.0, one.batches)])
         lone.commit(found.means, found.others)
         each.append(lone.variables["1.running_mean"])
     found = replica.compute(slices)
@@ -138,4 +138,4 @@ def test_a_slice_without_examples_adds_nothing() -> None:
 def test_a_program_that_was_not_given_is_an_error() -> None:
     replica = replica_of(step_graph("mlp", "sgd"), [2], "numbers")
     with pytest.raises(WorkerError, match="program 7 was not given"):
-        replica.compute([(0, 7, 1.0, {})])
+        replica.compute([Slice(0, 7, 1.0, ({},))])

@@ -22,6 +22,20 @@ _NEW = "new/"  # begins the fetch of a variable's value after the forward pass
 
 
 @dataclass(frozen=True)
+class Slice:
+    """A slice of a batch, as a worker gets it.
+
+    number: in the batch. key: of its program. weight: its share of the batch's examples. batches: its feeds, of one
+    batch after the other where a step has several; with a weight of 0 it has no examples.
+    """
+
+    number: int
+    key: int
+    weight: float
+    batches: tuple[Mapping[str, Tensor], ...]
+
+
+@dataclass(frozen=True)
 class Computed:
     """What some slices of a batch gave.
 
@@ -71,27 +85,24 @@ class Replica:
         for session in [self._update, *self._programs.values()]:
             session.close()
 
-    def compute(self, slices: Sequence[tuple[int, int, float, Mapping[str, Tensor]]]) -> Computed:
+    def compute(self, slices: Sequence[Slice]) -> Computed:
         """Forward and backward for some slices of a batch.
-
-        Args: slices: of each its number in the batch, the number of its program, its weight (its share of the batch's
-            examples) and its feeds: none, with a weight of 0, for a slice that has no examples.
 
         Raises: WorkerError for a program that was not loaded; what the step itself raises.
         """
         fetches: list[Mapping[str, Tensor]] = []
         means: dict[str, Tensor] = {}
         others: dict[str, Tensor] = {}
-        for number, key, weight, feeds in slices:
-            values = self._values(number, key, feeds) if weight else self._nothing(key)
+        for one in slices:
+            values = self._values(one.number, one.key, one.batches[0]) if one.weight else self._nothing(one.key)
             for name in [n for n in values if n in self._exchanged or n.startswith(_NEW)]:
                 value = values[name]
                 if not value.is_floating_point():
                     others.setdefault(name, value)
                 elif name in means:
-                    means[name].add_(value, alpha=weight)
+                    means[name].add_(value, alpha=one.weight)
                 else:
-                    means[name] = value.mul_(weight) if value.is_contiguous() else value.mul(weight).contiguous()
+                    means[name] = value.mul(one.weight).contiguous()  # it may be a view of another one
             fetches.append({n: v for n, v in values.items() if n not in self._exchanged and not n.startswith(_NEW)})
         return Computed(tuple(fetches), means, others)
 

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -47,6 +47,7 @@ from millrace.replicas.protocol import (
     VariablesRead,
 )
 from millrace.replicas.rendezvous import Rendezvous
+from millrace.replicas.settings import LocalSteps
 from millrace.replicas.slices import examples_in, sizes_of, wholes_of
 from millrace.replicas.worker import GRAPH, UPDATE, VARIABLE
 from millrace.runtime.aliasing import Memory
@@ -65,6 +66,14 @@ _TURN_S = 1.0
 _STORIES = 200  # kept for errors
 
 
+@dataclass(frozen=True)
+class _Slice:
+    """key: of its program. batches: its feeds by name, of every batch of the step; none where it has no examples."""
+
+    key: int
+    batches: tuple[Mapping[str, Tensor], ...]
+
+
 class ReplicatedSession(RemoteSession):
     """Holds the variables of a graph on several workers, which compute slices of every batch; runs fetches.
 
@@ -72,6 +81,7 @@ class ReplicatedSession(RemoteSession):
         graph: of the whole step.
         hub: starts the workers' processes and hears of them; the session closes it.
         rendezvous: where workers find each other; the session closes it.
+        local: have workers train alone for some steps, and then agree; by default they agree in every step.
         replicas: how many slices a batch has, which is how many workers there are when none is missing.
         spares: how many processes stand by.
         variables: name -> value, where they are not `graph.initial`.
@@ -88,6 +98,7 @@ class ReplicatedSession(RemoteSession):
         hub: Hub,
         rendezvous: Rendezvous,
         *,
+        local: LocalSteps | None = None,
         replicas: int,
         spares: int = 1,
         variables: Mapping[str, Tensor] | None = None,
@@ -104,13 +115,15 @@ class ReplicatedSession(RemoteSession):
         self._compile, self._patience_s, self._drop_failing, self._say = compile, patience_s, drop_failing, say
         self._reader = FeedReader(graph, Memory([]))
         self._ranges = feed_ranges(graph)
-        whole = halves(graph)
-        self._update = _as_tensor(graph_bytes(whole.update))
-        self._variables = _of_both(whole)
+        self._rule = local
+        whole = None if self._rule else halves(graph)
+        self._shared = _as_tensor(graph_bytes(whole.update if whole else graph))  # what every worker has
+        self._variables = _of_both(whole) if whole else tuple(v.name for v in graph.variables)
         self._keys: dict[Key, int] = {}  # programs by the shape of a slice
         self._programs: dict[int, Tensor] = {}
         self._given: dict[str, set[int]] = {}  # which programs each worker has
-        self._batch: list[tuple[int, dict[str, Tensor]]] = []  # of each slice its program and feeds
+        self._slices: list[_Slice] = []  # of the step in flight
+        self._batches = 1  # in a step
         self._beside: dict[tuple[str, str], Message] = {}  # the newest message of each member and kind
         self._answers: list[StepDone | VariablesRead] = []
         self._step = 0
@@ -145,9 +158,18 @@ class ReplicatedSession(RemoteSession):
                 raise FetchError(
                     f"{name!r} is no fetch of a step over replicas. {did_you_mean(name, list(self.graph.fetches))}"
                 )
-        values = self._take_step(feed)
+        values = self._take_step([feed])
+        if self._rule:
+            values = {name: value[0] for name, value in values.items()}
         found = [values.get(name) for name in names]
         return found[0] if isinstance(fetches, str) else found
+
+    def run_steps(self, fetches: Sequence[str], feeds: Sequence[Any]) -> list[Any]:
+        """Run one step per batch; see `Session.run_steps`. Under `LocalSteps` they end in one outer step."""
+        if self._rule is None or TRAIN not in fetches:
+            return super().run_steps(fetches, feeds)
+        values = self._take_step(feeds)
+        return [values.get(name) for name in fetches]
 
     def resize(self, replicas: int) -> None:
         """From the next step on, divide batches over so many workers. More are started, or the last ones ended."""
@@ -202,15 +224,19 @@ class ReplicatedSession(RemoteSession):
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _take_step(self, feed: Any) -> dict[str, Tensor]:
-        batch = self._reader.read(feed)
-        check_ranges(self._ranges, [batch.given])
+    def _take_step(self, feeds: Sequence[Any]) -> dict[str, Tensor]:
+        """One step of the coordinator's: of one batch, or of several of one shape, which workers train on alone."""
+        read = [self._reader.read(feed) for feed in feeds]
+        check_ranges(self._ranges, [batch.given for batch in read])
         names = [f.name for f in self.graph.feeds]
-        sizes = sizes_of(examples_in(batch.placed, names), self.replicas)
-        parts = [t.split(sizes) for t in batch.placed]
-        self._batch = [self._slice([part[index] for part in parts]) for index in range(len(sizes))]
+        sizes = sizes_of(examples_in(read[0].placed, names), self.replicas)
+        parts = [[t.split(sizes) for t in batch.placed] for batch in read]
+        self._slices = [
+            self._slice([[part[index] for part in batch] for batch in parts]) for index in range(len(sizes))
+        ]
         # Where there are fewer examples than replicas, some of these have nothing to do; they need a program even so.
-        self._batch += [(self._batch[0][0], {})] * (self.replicas - len(sizes))
+        self._slices += [_Slice(self._slices[0].key, ())] * (self.replicas - len(sizes))
+        self._batches = len(read)
         weights = [float(size) for size in sizes] + [0.0] * (self.replicas - len(sizes))
         began_s = time.monotonic()
         self._step += 1
@@ -220,8 +246,9 @@ class ReplicatedSession(RemoteSession):
         self._step_s.append(time.monotonic() - began_s)
         return self._together(answer, sizes)
 
-    def _slice(self, feeds: Sequence[Tensor]) -> tuple[int, dict[str, Tensor]]:
-        """The program for a slice of this shape, and its feeds by name."""
+    def _slice(self, batches: Sequence[Sequence[Tensor]]) -> _Slice:
+        """The program for slices of this shape, and the feeds of each batch by name."""
+        feeds = batches[0]
         key: Key = tuple((tuple(feed.shape), feed.dtype) for feed in feeds)
         if key not in self._keys:
             graph = self.graph
@@ -230,8 +257,9 @@ class ReplicatedSession(RemoteSession):
                     raise WorkerError("a graph that was loaded from a file cannot be traced for slices of its batch")
                 graph = graph.retrace(self._reader.nest(self._reader.read(tuple(feeds))))
             self._keys[key] = number = len(self._keys)
-            self._programs[number] = _as_tensor(graph_bytes(halves(graph).gradients))
-        return self._keys[key], {f.name: feed for f, feed in zip(self.graph.feeds, feeds, strict=True)}
+            self._programs[number] = _as_tensor(graph_bytes(graph if self._rule else halves(graph).gradients))
+        names = [f.name for f in self.graph.feeds]
+        return _Slice(self._keys[key], tuple(dict(zip(names, batch, strict=True)) for batch in batches))
 
     def _together(self, done: StepDone, sizes: Sequence[int]) -> dict[str, Tensor]:
         """The fetches of a step from those of its slices."""
@@ -247,8 +275,16 @@ class ReplicatedSession(RemoteSession):
         there = [number for number in sorted(by_slice) if number < len(sizes)]
         if done.missing:
             self._say(f"step {done.step}: the results of slices {list(done.missing)} were lost with their worker")
-        found = wholes_of(self.graph, [by_slice[n] for n in there], [sizes[n] for n in there]) if there else {}
-        return {**found, **made}
+        if not there:
+            return made
+        parts, shares = [by_slice[n] for n in there], [sizes[n] for n in there]
+        if self._rule is None:
+            return {**wholes_of(self.graph, parts, shares), **made}
+        each = [
+            wholes_of(self.graph, [{n: v[i] for n, v in part.items()} for part in parts], shares)
+            for i in range(self._batches)
+        ]
+        return {name: torch.stack([values[name] for values in each]) for name in each[0]}
 
     def _answer_to(self, wanted: StepWanted | ReadWanted) -> StepDone | VariablesRead:
         """Do what the coordinator says until it answers. Bounded: whoever it waits for is under `Expect`."""
@@ -313,13 +349,18 @@ class ReplicatedSession(RemoteSession):
         if kind == "role":
             self._given[member] = set()
             fields |= {"role": "worker", "compile": self._compile, "timeout_s": self._patience()}
-            fields |= {"store": asdict(self._rendezvous.address)}
-            tensors = {GRAPH: self._update} | self._variables_for(fields["committed"])
+            fields |= {"store": asdict(self._rendezvous.address), "rule": asdict(self._rule) if self._rule else None}
+            tensors = {GRAPH: self._shared} | self._variables_for(fields["committed"])
         elif kind == "step":
-            own = {number: self._batch[number] for number in fields["slices"]}
-            fields["keys"] = {str(number): key for number, (key, _) in own.items()}
-            tensors = {f"{number}/{name}": feed for number, (_, feeds) in own.items() for name, feed in feeds.items()}
-            for key in dict.fromkeys(key for key, _ in own.values()):
+            own = {number: self._slices[number] for number in fields["slices"]}
+            fields |= {"keys": {str(number): one.key for number, one in own.items()}, "batches": self._batches}
+            tensors = {
+                f"{number}/{place}/{name}": feed
+                for number, one in own.items()
+                for place, feeds in enumerate(one.batches)
+                for name, feed in feeds.items()
+            }
+            for key in dict.fromkeys(one.key for one in own.values()):
                 if key not in self._given[member]:
                     self._given[member].add(key)
                     self._hub.send(member, Message("program", {"key": key}, {GRAPH: self._programs[key]}))

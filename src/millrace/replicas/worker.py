@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from millrace.graph.save import graph_from_bytes
 from millrace.replicas.collective import Group
 from millrace.replicas.gloo_group import GlooGroup
 from millrace.replicas.line import Line
+from millrace.replicas.local_replica import LocalReplica
 from millrace.replicas.protocol import (
     Adopt,
     AllReduce,
@@ -37,7 +39,8 @@ from millrace.replicas.protocol import (
 )
 from millrace.replicas.rendezvous import StoreAddress
 from millrace.replicas.replica import Computed as Results
-from millrace.replicas.replica import Replica
+from millrace.replicas.replica import Replica, Slice
+from millrace.replicas.settings import LocalSteps
 from millrace.replicas.worker_state import WorkerState
 from millrace.runtime.messages import LONGEST_WAIT_S, Message
 
@@ -60,9 +63,14 @@ class _Worker:
         self._slices: tuple[int, ...] = ()  # whose results those are
         self._made: dict[str, Tensor] = {}  # fetches of the update
         self._staged: dict[str, Tensor] = {}  # variables that were broadcast and are not adopted yet
-        update = graph_from_bytes(_bytes(role.tensors[GRAPH]))
+        graph = graph_from_bytes(_bytes(role.tensors[GRAPH]))
         given = {n.removeprefix(VARIABLE): t for n, t in role.tensors.items() if n.startswith(VARIABLE)}
-        self._replica = Replica(update, given, compile=role.fields["compile"], say=self._log)
+        settings: dict[str, Any] = {"compile": role.fields["compile"], "say": self._log}
+        self._replica: Replica | LocalReplica
+        if role.fields["rule"] is None:
+            self._replica = Replica(graph, given, **settings)
+        else:
+            self._replica = LocalReplica(graph, given, LocalSteps(**role.fields["rule"]), **settings)
 
     def run(self) -> None:
         self._handle(Told("role", self._role.fields))
@@ -153,9 +161,12 @@ class _Worker:
         self._line.progress(f"computing slices {', '.join(map(str, slices))} of step {step}")
         parts = []
         for number, weight in zip(slices, weights, strict=True):
-            prefix = f"{number}/"
-            feeds = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            parts.append((number, keys[str(number)], weight, feeds))
+            batches: list[dict[str, Tensor]] = [{} for _ in range(self._feeds.fields["batches"])]
+            for name, tensor in tensors.items():
+                slice_, batch, feed = name.split("/", 2)
+                if slice_ == str(number):
+                    batches[int(batch)][feed] = tensor
+            parts.append(Slice(number, keys[str(number)], weight, tuple(batches)))
         self._results = self._replica.compute(parts)
         self._slices = tuple(slices)
 

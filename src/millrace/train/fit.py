@@ -19,6 +19,7 @@ from millrace.errors import DataError, SettingError, did_you_mean
 from millrace.graph.passes.splitting.split import split
 from millrace.graph.training import Loss, UpdateRule, training_graph
 from millrace.optim.optimizer import Optimizer
+from millrace.replicas.settings import LocalSteps, update_of
 from millrace.runtime.session import Session
 from millrace.train.callbacks import Callback, CallbackList
 from millrace.train.devices import DeviceRun
@@ -111,6 +112,8 @@ def fit(
         raise SettingError("schedule is for torch.optim; give a millrace optimizer its schedule as learning_rate=…")
     if plan.early_stopping is not None and validation is None:
         raise SettingError("early_stopping watches the evaluation: pass validation=…, the data to evaluate on")
+    if isinstance(rule := update_of(plan.update), LocalSteps):
+        plan = replace(plan, steps_per_call=rule.every)
     batches = as_batches(data, batch_size=batch_size, seed=plan.seed)
     held_out = None if validation is None else _held_out(validation, batch_size)
     if device is not None:

@@ -17,7 +17,7 @@ from millrace.graph.graph import Graph
 from millrace.replicas.hub import Hub
 from millrace.replicas.rendezvous import Rendezvous
 from millrace.replicas.session import ReplicatedSession
-from millrace.replicas.settings import Sync, update_of
+from millrace.replicas.settings import LocalSteps, Sync, update_of
 from millrace.runtime.choose_launcher import choose_launcher
 from millrace.runtime.launch import Launcher
 from millrace.train.plan import Plan
@@ -37,8 +37,8 @@ class ReplicaRun:
         plan = self._plan
         assert plan.replicas is not None
         update = update_of(plan.update)
-        if update != Sync():
-            raise SettingError(f"update={plan.update!r} is not there yet: use 'sync'")
+        if not isinstance(update, LocalSteps) and update != Sync():
+            raise SettingError(f"update={plan.update!r} is not there yet: use 'sync' or 'local_steps'")
         # Short, as the paths of sockets must be, and only this user may enter it.
         directory = tempfile.TemporaryDirectory(prefix="millrace-")
         launcher = self._launcher(Path(directory.name))
@@ -49,6 +49,7 @@ class ReplicaRun:
                 graph,
                 hub,
                 rendezvous,
+                local=update if isinstance(update, LocalSteps) else None,
                 replicas=plan.replicas,
                 spares=plan.spares,
                 compile=plan.compile,
