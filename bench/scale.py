@@ -110,6 +110,8 @@ def _figures(outcome: Outcome) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Simulate, and write what came out."""
     given = _parser().parse_args(arguments)
+    if given.table:
+        return _write(json.loads(given.results.read_text()), given.out)
     start_s = time.perf_counter()
     costs = Costs(**json.loads(given.costs.read_text())) if given.costs else measure()
     cases: dict[str, Any] = {}
@@ -126,12 +128,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     whole = {"machine": machine("cpu"), "costs": costs.as_dict(), "servers": SERVERS, "cases": cases, "paper": paper}
     whole["seconds"] = time.perf_counter() - start_s
     whole = stamped(rounded(whole), ["python -m bench.scale", *(arguments or sys.argv[1:])])
-    given.out.mkdir(parents=True, exist_ok=True)
     given.results.parent.mkdir(parents=True, exist_ok=True)
     given.results.write_text(json.dumps(whole, indent=1) + "\n")
+    return _write(whole, given.out)
+
+
+def _write(whole: dict[str, Any], directory: Path) -> int:
+    directory.mkdir(parents=True, exist_ok=True)
     for file, text in {"scale.md": report(whole), **pictures(whole)}.items():
-        (given.out / file).write_text(text)
-    print(json.dumps({"name": "scale", "seconds": round(whole["seconds"], 1), "wrote": str(given.out / "scale.md")}))
+        (directory / file).write_text(text)
+    print(json.dumps({"name": "scale", "seconds": whole["seconds"], "wrote": str(directory / "scale.md")}))
     return 0
 
 
@@ -143,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=1)
     add("--overlap", action="store_true", help="transfers run beside a worker's own computing")
     add("--no-paper", dest="paper", action="store_false", help="without the comparison with published runs")
+    add("--table", action="store_true", help="simulate nothing, write the page of what is kept in --results")
     add("--out", type=Path, default=DOCS, help="directory for scale.md and its pictures (default: docs)")
     add("--results", type=Path, default=KEPT, help="file for all figures (default: bench/results/scale/scale.json)")
     return made
