@@ -1,14 +1,18 @@
 """Every state that a system of small scope can come to, by breadth-first search, and whether all its runs end well.
 
-A system is anything with `start()` and `moves(state)`. States are hashable. A move is a name, the state it leads to,
-and whether it is a fault (something that may happen, but that nobody may count on).
+A system is what has `start()` and `moves(state)`. States are hashable. A move is a name, the state it leads to, and
+whether it is a fault (something that may happen, but that nobody may count on).
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+import gc
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
+
+Name: TypeAlias = tuple[object, ...]  # its words; put together only when somebody has to read them
 
 
 class Violation(Exception):
@@ -21,7 +25,7 @@ class System(Protocol):
     def start(self) -> Hashable:
         """The first state."""
 
-    def moves(self, state: Hashable) -> Iterable[tuple[str, Hashable, bool]]:
+    def moves(self, state: Hashable) -> Iterable[tuple[Name, Hashable, bool]]:
         """What can happen: its name, the state afterwards, whether it is a fault.
 
         Raises: Violation.
@@ -41,6 +45,19 @@ class Explored:
     depth: int
 
 
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Nothing here is garbage, and looking for it takes a third of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@_no_collector()
 def explore(system: System, limit: int = 2_000_000) -> Explored:
     """Visit all states.
 
@@ -52,7 +69,7 @@ def explore(system: System, limit: int = 2_000_000) -> Explored:
     start = system.start()
     number: dict[Hashable, int] = {start: 0}
     states: list[Hashable] = [start]
-    came: list[tuple[int, str]] = [(-1, "")]
+    came: list[tuple[int, Name]] = [(-1, ())]
     depth = [0]
     next_of: list[list[int]] = []
     moves = ends = 0
@@ -83,15 +100,15 @@ def explore(system: System, limit: int = 2_000_000) -> Explored:
     return Explored(len(states), moves, ends, max(depth))
 
 
-def _path(here: int, came: list[tuple[int, str]]) -> str:
+def _path(here: int, came: list[tuple[int, Name]]) -> str:
     names: list[str] = []
     while here > 0:
         here, name = came[here]
-        names.append("  " + name)
+        names.append("  " + " ".join(str(word) for word in name))
     return "\n".join(reversed(names)) or "  nothing"
 
 
-def _refuse_cycles(next_of: list[list[int]], came: list[tuple[int, str]]) -> None:
+def _refuse_cycles(next_of: list[list[int]], came: list[tuple[int, Name]]) -> None:
     """States are taken away when all that lead to them are gone; what stays lies on a cycle or behind one."""
     leads_here = [0] * len(next_of)
     for onward in next_of:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
 
-from tests.replicas.explore import Violation
+from tests.replicas.explore import Name, Violation
 
 from millrace.replicas import coordinator, protocol
 from millrace.replicas.coordinator import Coordinator
@@ -41,7 +41,7 @@ class Entered(NamedTuple):
 
 
 class Process(NamedTuple):
-    """life: live, stuck, dead (the driver has not seen it), gone. job: what it does. waiting: events not yet seen."""
+    """life: live, stuck, dead (not yet noticed), gone. job: what it is at. waiting: events not yet seen."""
 
     name: str
     machine: int
@@ -74,9 +74,10 @@ class World(NamedTuple):
 class Scope:
     """What is tried.
 
-    wishes: what the driver is asked for one after the other; a step waits for the one before it. prompt: a worker
-    learns at once what its collective came to, and computes in no time. What this leaves out (messages in between,
-    late news) is between the driver and one worker, and tried in the scopes of two.
+    wishes: what the driver is asked for one after the other; each waits for the one before it. prompt: a worker learns
+    at once what its collective came to, and computes in no time. What this leaves out (messages in between, late news)
+    is between the driver and one worker, and tried in the scopes of two. max_losses: after so many losses without a
+    step nobody is started any more (with 1: nobody after the first members).
     """
 
     replicas: int = 2
@@ -85,6 +86,7 @@ class Scope:
     stuck: int = 0
     glitches: int = 0
     arrivals: int = 0
+    max_losses: int = 2
     prompt: bool = False
     wishes: tuple[Any, ...] = (protocol.StepWanted(1, (1.0, 1.0)), protocol.StepWanted(2, (1.0, 1.0)))
     driver: Callable[..., Coordinator] = Coordinator
@@ -156,7 +158,7 @@ class SmallWorld:
     def start(self) -> World:
         """The driver has asked for its members, and they have joined: how starts fail is tried with later ones."""
         scope = self.scope
-        driver = scope.driver(scope.replicas, spares=scope.spares, max_losses=scope.crashes + scope.stuck + 1)
+        driver = scope.driver(scope.replicas, spares=scope.spares, max_losses=scope.max_losses)
         world = World(
             0, (), faults=(scope.crashes, scope.stuck, scope.glitches), arrivals=scope.replicas + scope.spares
         )
@@ -166,15 +168,15 @@ class SmallWorld:
             world = self._join(world)
         return world._replace(arrivals=scope.arrivals)
 
-    def moves(self, world: World) -> Iterator[tuple[str, World, bool]]:
+    def moves(self, world: World) -> Iterator[tuple[Name, World, bool]]:
         """See `explore`."""
         driver: Coordinator = self.machines.all[world.driver]
         if driver.phase == coordinator.FAILED:
             return
         for place, process in enumerate(world.processes):
-            if process.life == "live" and process.inbox and not process.job and not process.waiting:
-                # All that it can do is to hear this, now or later, and nothing that others do meanwhile depends on it
-                # or changes it; so it may as well be now, or it dies now, whose consequences can come as late.
+            if process.life == "live" and self._has_one_move(process):
+                # Nothing that others do meanwhile depends on this move or changes it, so it may as well be now (or the
+                # process dies now; what follows from that can come as late as it likes).
                 yield from self._process_moves(world, place, process)
                 yield from self._faults(world, place, process)
                 return
@@ -184,7 +186,7 @@ class SmallWorld:
                 yield from self._process_moves(world, place, process)
                 yield from self._faults(world, place, process)
             elif process.life == "stuck" and process.name in world.expected:
-                yield f"{process.name}, stuck, is killed", self._kill(world, place), False
+                yield (process.name, "is stuck, and killed"), self._kill(world, place), False
 
     def ended_well(self, world: World) -> str | None:
         """See `explore`."""
@@ -200,7 +202,7 @@ class SmallWorld:
 
     # --- driver -------------------------------------------------------------------------------------------------------
 
-    def _driver_moves(self, world: World, driver: Coordinator) -> Iterator[tuple[str, World, bool]]:
+    def _driver_moves(self, world: World, driver: Coordinator) -> Iterator[tuple[Name, World, bool]]:
         for place, process in enumerate(world.processes):
             if process.outbox:
                 message, *rest = process.outbox
@@ -208,18 +210,18 @@ class SmallWorld:
                 if isinstance(message, protocol.Lost):
                     heard = self._put(world, place, process._replace(life="gone", outbox=(), machine=-1))
                     heard = heard._replace(expected=heard.expected - {process.name})
-                yield f"driver hears {message}", self._drive(heard, message), False
+                yield ("driver hears", message), self._drive(heard, message), False
         if world.starting:
             if world.arrivals:
-                yield "a member joins", self._join(world), False
+                yield ("a member joins",), self._join(world), False
             else:
                 lost = protocol.Lost(f"m{world.named}", "did not start")
                 fewer = world._replace(starting=world.starting - 1, named=world.named + 1)
-                yield "a start fails", self._drive(fewer, lost), False
+                yield ("a start fails",), self._drive(fewer, lost), False
         if world.wishes < len(self.scope.wishes):
             wish = self.scope.wishes[world.wishes]
             if driver.flight is None and not driver.read_wanted:
-                yield f"driver wants {wish}", self._drive(world._replace(wishes=world.wishes + 1), wish), False
+                yield ("driver wants", wish), self._drive(world._replace(wishes=world.wishes + 1), wish), False
 
     def _join(self, world: World) -> World:
         name = f"m{world.named}"
@@ -295,21 +297,27 @@ class SmallWorld:
 
     # --- workers ------------------------------------------------------------------------------------------------------
 
-    def _process_moves(self, world: World, place: int, process: Process) -> Iterator[tuple[str, World, bool]]:
-        if process.inbox:
+    def _has_one_move(self, process: Process) -> bool:
+        if self.scope.prompt and (process.waiting or (process.job and process.job[0] == "compute")):
+            return True
+        return bool(process.inbox) and not process.job and not process.waiting
+
+    def _process_moves(self, world: World, place: int, process: Process) -> Iterator[tuple[Name, World, bool]]:
+        at_once = self.scope.prompt and (process.waiting or (process.job and process.job[0] == "compute"))
+        if process.inbox and not at_once:
             told, *rest = process.inbox
             if told.kind == "role":
                 process = process._replace(variables=() if told.fields["committed"] == 0 else None)
             heard = process._replace(inbox=tuple(rest))
-            yield f"{process.name} hears {told}", self._work(world, place, heard, told), False
+            yield (process.name, "hears", told), self._work(world, place, heard, told), False
         if process.waiting:
             event, *rest = process.waiting
             seen = process._replace(waiting=tuple(rest))
-            yield f"{process.name} sees {event}", self._work(world, place, seen, event), False
+            yield (process.name, "sees", event), self._work(world, place, seen, event), False
         if process.job:
             yield from self._job_moves(world, place, process)
 
-    def _job_moves(self, world: World, place: int, process: Process) -> Iterator[tuple[str, World, bool]]:
+    def _job_moves(self, world: World, place: int, process: Process) -> Iterator[tuple[Name, World, bool]]:
         kind, generation, step, *about = process.job
         idle = process._replace(job=None)
         if kind in ("form", "reduce"):
@@ -318,7 +326,7 @@ class SmallWorld:
                 brought = self._brought(world, process)
                 event = protocol.Formed(generation) if kind == "form" else protocol.Reduced(generation, step)
                 ended = idle._replace(received=brought, waiting=(*process.waiting, event))
-                yield f"{kind} succeeds at {process.name}", self._put(world, place, ended), False
+                yield (kind, "succeeds at", process.name), self._put(world, place, ended), False
             crashes, stuck, glitches = world.faults
             if can_fail or glitches:
                 event = protocol.CollectiveFailed(generation, "a collective failed")
@@ -326,13 +334,13 @@ class SmallWorld:
                 failed = self._put(world, place, idle._replace(entered=broken, waiting=(*process.waiting, event)))
                 if not can_fail:
                     failed = failed._replace(faults=(crashes, stuck, glitches - 1))
-                yield f"{kind} fails at {process.name}", failed, not can_fail
+                yield (kind, "fails at", process.name), failed, not can_fail
             return
         if kind == "compute":
             event, idle = protocol.Computed(generation, step), idle._replace(computed=(step, about[0]))
         else:
             event, idle = protocol.Updated(generation, step), self._written(idle, kind, step)
-        yield f"{process.name} has done its {kind}", self._work(world, place, idle, event), False
+        yield (process.name, "has done its", kind), self._work(world, place, idle, event), False
 
     def _chances(self, world: World, process: Process) -> tuple[bool, bool]:
         """Whether the collective that this process is in can succeed here, and whether it can fail."""
@@ -406,14 +414,14 @@ class SmallWorld:
 
     # --- faults, and small things -------------------------------------------------------------------------------------
 
-    def _faults(self, world: World, place: int, process: Process) -> Iterator[tuple[str, World, bool]]:
+    def _faults(self, world: World, place: int, process: Process) -> Iterator[tuple[Name, World, bool]]:
         crashes, stuck, glitches = world.faults
         if crashes:
             fewer = world._replace(faults=(crashes - 1, stuck, glitches))
-            yield f"{process.name} dies", self._kill(fewer, place), True
+            yield (process.name, "dies"), self._kill(fewer, place), True
         if stuck:
             fewer = world._replace(faults=(crashes, stuck - 1, glitches))
-            yield f"{process.name} gets stuck", self._put(fewer, place, process._replace(life="stuck")), True
+            yield (process.name, "gets stuck"), self._put(fewer, place, process._replace(life="stuck")), True
 
     def _kill(self, world: World, place: int) -> World:
         process = world.processes[place]

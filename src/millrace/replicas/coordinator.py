@@ -223,6 +223,8 @@ class Coordinator:
         if self.phase == FAILED:
             return
         self._fill_seats(warm)
+        if self.phase == GATHERING and self._hopeless():
+            self._fail(f"nobody who has the variables of step {self.reported} is left; last loss: {self.last_loss}")
         if self.phase == GATHERING and self._gathered():
             self._form()
         if self.phase == FORMING and not self._workers(FORM):
@@ -277,6 +279,15 @@ class Coordinator:
         for name in spares[len(empty) :][: max(superfluous, 0)]:
             self._stop(name)
 
+    def _hopeless(self) -> bool:
+        """Whether nobody can have the variables of what was reported. At first, whoever starts is given them.
+
+        Who has yet to answer "abandon" may just have taken them from one who is lost now.
+        """
+        coming = self.starting > 0 and self.reported == self.initial
+        can_have = (m.doing == ABANDON or m.committed >= self.reported for m in self.members.values())
+        return not coming and not any(can_have)
+
     def _gathered(self) -> bool:
         """Whether nothing moves, and nobody is on the way who is worth waiting for."""
         at_first = self.generation == 0 and self.starting > 0
@@ -293,11 +304,7 @@ class Coordinator:
         """Make the next generation of all who can be in it; those behind take the variables of one who is furthest."""
         group, furthest = self._workers(FREE, READY), self._furthest()
         if furthest < self.reported:
-            # Before the first step is done, whoever starts is given variables that serve.
-            coming = any(member.committed >= self.reported for member in self.members.values())
-            if not coming and not (self.starting and self.reported == self.initial):
-                self._fail(f"nobody who has the variables of step {self.reported} is left; last loss: {self.last_loss}")
-            return
+            return  # who has the variables is still on the way
         self.generation += 1
         behind = [rank for rank, name in enumerate(group) if self.members[name].committed < furthest]
         source = next(rank for rank in range(len(group)) if rank not in behind) if behind else None
