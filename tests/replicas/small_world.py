@@ -193,6 +193,8 @@ class SmallWorld:
         driver: Coordinator = self.machines.all[world.driver]
         if driver.phase == coordinator.FAILED:
             return None  # was judged when it failed
+        if driver.starting != world.starting:
+            return f"the driver waits for {driver.starting} starts, and {world.starting} are on the way"
         if driver.reported != self.last_step or world.wishes < len(self.scope.wishes) or driver.read_wanted:
             return f"nothing happens any more, in phase {driver.phase!r}: step {driver.reported}, {driver.members}"
         for process in world.processes:
@@ -256,9 +258,8 @@ class SmallWorld:
                 case protocol.StartMembers(count):
                     world = world._replace(starting=world.starting + count)
                 case protocol.Stop(name):
-                    place = self._place(world, name)
-                    gone = world.processes[place]._replace(life="gone", inbox=(), outbox=(), job=None, waiting=())
-                    world = self._put(world, place, gone)._replace(expected=world.expected - {name})
+                    world = self._kill(world, self._place(world, name))
+                    world = world._replace(expected=world.expected - {name})
                 case protocol.Expect(name, doing):
                     others = world.expected - {name}
                     world = world._replace(expected=others | {name} if doing else others)

@@ -243,6 +243,8 @@ def test_fewer_replicas() -> None:
     assert [command.member for command in commands if isinstance(command, Stop)] == ["b", "c"]
     assert driver.told() == [("a", "form")]
     assert list(driver.coordinator.members) == ["a", "d"]
+    assert driver.hear(Lost("b", "not needed any more"), Lost("c", "not needed any more")).take(StartMembers) == []
+    assert driver.coordinator.losses == 0
 
 
 def test_the_variables_are_read_between_two_steps_and_the_step_waits() -> None:

@@ -97,6 +97,12 @@ class ExpectsNothing(Coordinator):
         return [command for command in super().handle(event) if not isinstance(command, Expect)]
 
 
+class CountsTheStoppedAsLost(Coordinator):
+    def _stop(self, name: str) -> None:
+        super()._stop(name)
+        self.stopped = frozenset()
+
+
 class DespairsTooEarly(Coordinator):
     def _hopeless(self) -> bool:
         return self.starting == 0 and all(m.committed < self.reported for m in self.members.values())
@@ -153,6 +159,7 @@ BROKEN: dict[str, tuple[Scope, str]] = {
     "GoesBackToTheSlowest": (replace(SPARE, driver=GoesBackToTheSlowest), "nothing happens any more"),
     "DoesNotWaitForAnswers": (replace(SPARE, driver=DoesNotWaitForAnswers), "nothing happens any more"),
     "ExpectsNothing": (replace(SPARE, crashes=0, stuck=1, driver=ExpectsNothing), "nothing happens any more"),
+    "CountsTheStoppedAsLost": (Scope(wishes=SHRINKING, driver=CountsTheStoppedAsLost), "waits for -1 starts"),
     "DespairsTooEarly": (replace(SPARE, crashes=2, driver=DespairsTooEarly), "gave up .* has all that was reported"),
     "ForgetsTheStep": (replace(SPARE, driver=ForgetsTheStep), "expected was step 1"),
     "AnswersInTheMiddleOfAnUpdate": (replace(SPARE, worker=AnswersInTheMiddleOfAnUpdate), "in the middle of an update"),

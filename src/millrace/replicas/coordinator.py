@@ -104,6 +104,7 @@ class Coordinator:
         self.generation = 0
         self.group: tuple[str, ...] = ()  # of this generation, by rank
         self.members: dict[str, Member] = {}  # in the order in which they joined
+        self.stopped: frozenset[str] = frozenset()  # and not heard to have ended
         self.starting = 0
         self.losses = self.breaks = 0
         self.last_loss = "nobody was lost"
@@ -156,6 +157,10 @@ class Coordinator:
         self._story(f"step {step} of {len(weights)} slices is wanted")
 
     def _lost(self, name: str, why: str) -> None:
+        if name in self.stopped:
+            self.stopped -= {name}
+            self._story(f"{name} has ended as it was to: {why}")
+            return
         self.losses, self.breaks, self.last_loss = self.losses + 1, 0, f"{name}: {why}"
         member = self.members.pop(name, None)
         if member is None:
@@ -363,6 +368,7 @@ class Coordinator:
 
     def _stop(self, name: str) -> None:
         del self.members[name]
+        self.stopped |= {name}
         self._story(f"{name} is not needed any more")
         self._commands.append(Stop(name))
 

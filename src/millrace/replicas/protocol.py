@@ -95,7 +95,7 @@ class StartMembers:
 
 @dataclass(frozen=True)
 class Stop:
-    """End a member that is not needed any more. No `Lost` is wanted for it."""
+    """End a member that is not needed any more. Its `Lost` may come, and is no loss."""
 
     member: str
 
