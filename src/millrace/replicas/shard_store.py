@@ -85,6 +85,7 @@ class ShardStore:
         held = self.region.tensors
         self._session = None if update is None else Session(update, held, compile="eager")
         self.gradients = {} if update is None else {feed.name: feed.spec for feed in update.feeds}
+        self._rates = {n: torch.tensor(how.learning_rate, dtype=torch.float64) for n, how in self.tables.items()}
         self._sums: dict[str, Tensor] = {}
 
     @property
@@ -151,7 +152,7 @@ class ShardStore:
             held[unique],
             gradient,
             {slot: tensor[unique] for slot, tensor in slots.items()},
-            learning_rate=torch.tensor(how.learning_rate, dtype=torch.float64),
+            learning_rate=self._rates[table],
             step=torch.tensor(version - 1),
             weight_decay=how.weight_decay,
         )
