@@ -1,6 +1,6 @@
 """Null steps with millrace's parameter servers: a process for each shard and each worker. `bench.null_step` starts it.
 
-A shard updates with plain SGD: its own graph for what is dense, its rule for rows. A worker copies what it fetches into
+A shard updates with plain SGD, of rows alone in a table. A worker copies what it fetches into
 tensors of its own and pushes zeros that lie in tensors of its own.
 """
 
@@ -19,27 +19,25 @@ from typing import Any
 import torch
 
 from bench.peers.null_common import ROW_WIDTH, follow, serve_turns
+from millrace.graph.passes.row_update import row_update
 from millrace.graph.trace import trace
-from millrace.optim.rules.sgd import SGD
 from millrace.replicas.plain_sockets import PlainListener
 from millrace.replicas.server import ShardServer
 from millrace.replicas.server_client import ShardClient
 from millrace.replicas.shard_clients import ShardClients
 from millrace.replicas.shard_events import Async
-from millrace.replicas.shard_store import Rows, RowUpdate, ShardStore
+from millrace.replicas.shard_store import Rows, ShardStore
 
 
 def be_shard(task: dict[str, Any]) -> None:
     """Serve until the other side of the standard input is closed."""
-    number = task["number"]
-    if task["case"] == "rows":
-        table = torch.zeros(task["size_bytes"] // task["shards"] // (4 * ROW_WIDTH), ROW_WIDTH)
-        store = ShardStore(f"shard {number}", {f"t{number}": table}, None, {f"t{number}": RowUpdate(SGD(), 0.1)})
-    else:
-        variables = {f"v{number}": torch.zeros(max(1, task["size_bytes"] // task["shards"] // 4))}
-        store = ShardStore(
-            f"shard {number}", variables, trace(sgd, variables, {n: v.clone() for n, v in variables.items()})
-        )
+    number, name = task["number"], f"v{task['number']}"
+    count = max(1, task["size_bytes"] // task["shards"] // 4)
+    sparse = task["case"] == "rows"
+    variables = {name: torch.zeros(count // ROW_WIDTH, ROW_WIDTH) if sparse else torch.zeros(count)}
+    update = trace(sgd, variables, {f"gradient/{name}": torch.zeros_like(variables[name])})
+    store = ShardStore(f"shard {number}", variables, row_update(update, {name: 2}) if sparse else update)
+    del variables
     server = ShardServer(store, Async())
     listener = PlainListener(task["addresses"][number])
     threading.Thread(target=server.serve, args=(listener,), daemon=True).start()
@@ -50,7 +48,7 @@ def be_shard(task: dict[str, Any]) -> None:
 def sgd(held: dict[str, torch.Tensor], gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """One update."""
     for name, gradient in gradients.items():
-        held[name].sub_(gradient, alpha=0.1)
+        held[name.removeprefix("gradient/")].sub_(gradient, alpha=0.1)
     return {}
 
 
@@ -70,7 +68,7 @@ def dense_step(shards: ShardClients) -> Callable[[], None]:
     """Fetch all variables, push zeros for all."""
     specs = {name: spec for client in shards.clients for name, spec in client.variables.items()}
     own = {name: torch.empty(spec.shape) for name, spec in specs.items()}
-    zeros = {name: torch.zeros(spec.shape) for name, spec in specs.items()}
+    zeros = {f"gradient/{name}": torch.zeros(spec.shape) for name, spec in specs.items()}
     sequence = 0
 
     def step() -> None:

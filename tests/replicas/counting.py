@@ -11,23 +11,26 @@ import torch
 from torch import Tensor
 
 from millrace.graph.graph import Graph
+from millrace.graph.passes.row_update import row_update
 from millrace.graph.trace import trace
-from millrace.optim.rules.sgd import SGD
 from millrace.replicas.plain_sockets import PlainListener
 from millrace.replicas.server import ShardServer
 from millrace.replicas.shard_events import Async, Policy
-from millrace.replicas.shard_store import RowUpdate, ShardStore
+from millrace.replicas.shard_store import ShardStore
 
 
-def adding(variables: Mapping[str, Tensor]) -> Graph:
-    """An update that adds what is pushed."""
+def adding(variables: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> Graph:
+    """An update that adds what is pushed: whole gradients of the variables' names, rows of the tables."""
+    feeds = {name: name for name in variables} | {f"gradient/{name}": name for name in tables}
+    held = {**variables, **tables}
 
     def step(held: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        for name in variables:
-            held[name].add_(gradients[name])
+        for feed, name in feeds.items():
+            held[name].add_(gradients[feed])
         return {}
 
-    return trace(step, dict(variables), {name: torch.zeros_like(t) for name, t in variables.items()})
+    graph = trace(step, dict(held), {feed: torch.zeros_like(held[name]) for feed, name in feeds.items()})
+    return row_update(graph, dict.fromkeys(tables, 2))
 
 
 def counting_server(
@@ -42,8 +45,7 @@ def counting_server(
     """A server of zeros. sizes: elements of every variable. tables: rows and width of every table."""
     variables = {name: torch.zeros(size) for name, size in sizes.items()}
     rows = {name: torch.zeros(shape) for name, shape in (tables or {}).items()}
-    how = {name: RowUpdate(SGD(), learning_rate=-1.0) for name in rows}
-    store = ShardStore(who, variables | rows, adding(variables) if variables else None, how)
+    store = ShardStore(who, variables | rows, adding(variables, rows))
     return ShardServer(store, policy or Async(), workers, is_copy=is_copy, patience_s=5.0)
 
 

@@ -11,15 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from tests.replicas.counting import address_in, counting_server, served
+from torch import nn
 
 from millrace.errors import FeedError, FetchError, WorkerError
-from millrace.optim.rules.adagrad import Adagrad
+from millrace.graph.passes.halves import halves
+from millrace.graph.passes.row_update import row_update
+from millrace.graph.signature import Role
+from millrace.graph.training import training_graph
 from millrace.replicas.plain_sockets import dial
 from millrace.replicas.server import ShardServer
 from millrace.replicas.server_client import Receipt, ShardClient
 from millrace.replicas.shard_clients import ShardClients
 from millrace.replicas.shard_events import Async, Sync
-from millrace.replicas.shard_store import RowUpdate, ShardStore
+from millrace.replicas.shard_store import Rows, ShardStore
 
 KINDS = ("unix", "tcp")
 both = pytest.mark.parametrize("kind", KINDS)
@@ -116,20 +120,39 @@ def test_nobody_reads_half_an_update(kind: str, tmp_path: Path) -> None:
 
 
 @both
-def test_rows_of_a_table_are_updated_as_the_rule_says(kind: str, tmp_path: Path) -> None:
-    rule, table = Adagrad(), torch.randn(50, 3, dtype=torch.float64)
-    server = ShardServer(ShardStore("shard 0", {"t": table}, None, {"t": RowUpdate(rule, 0.1)}), Async())
+def test_rows_of_a_table_are_updated_as_the_optimizer_does(kind: str, tmp_path: Path) -> None:
+    table = nn.Embedding(50, 3, dtype=torch.float64)
+    optimizer = torch.optim.Adagrad(table.parameters(), lr=0.1)
+    graph = training_graph(table, lambda model, batch: model(batch).sum(), optimizer, torch.tensor([1, 2]))
+    update = halves(graph).update
+    (name,) = (variable.name for variable in update.variables if variable.role == Role.PARAMETER)
+    server = ShardServer(ShardStore("shard 0", graph.initial, row_update(update, {name: 2})), Async())
+    expected = nn.Parameter(table.weight.detach().clone())
+    dense = torch.optim.Adagrad([expected], lr=0.1)
     rows = torch.tensor([4, 9, 4, 30])
-    expected, state = table.clone(), rule.init(table)
     with served(server, address_in(tmp_path, kind)) as address, ShardClient(address, "w0", timeout_s=10) as client:
+        assert list(client.tables) == [name]
         for step in range(3):
             values = torch.randn(4, 3, dtype=torch.float64)
-            client.push_rows("t", rows, values, step + 1, step, step)
-            dense = torch.zeros_like(table).index_add_(0, rows, values)
-            expected, state = rule.update(
-                expected, dense, state, learning_rate=torch.tensor(0.1, dtype=torch.float64), step=torch.tensor(step)
-            )
-        torch.testing.assert_close(client.fetch_rows("t", torch.arange(50)), expected, rtol=1e-12, atol=1e-12)
+            client.push_rows(name, rows, values, step + 1, step, step)
+            expected.grad = torch.zeros_like(expected).index_add_(0, rows, values)
+            dense.step()
+        torch.testing.assert_close(client.fetch_rows(name, torch.arange(50)), expected.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_rows_of_several_workers_are_averaged_with_what_is_dense(tmp_path: Path) -> None:
+    server = counting_server("shard 0", {"a": 2}, Sync(2), tables={"t": (5, 2)})
+    with served(server, address_in(tmp_path, "unix")) as address:
+        one, other = (ShardClient(address, f"w{i}", timeout_s=10) for i in range(2))
+        ones = Rows(torch.tensor([1, 3]), torch.ones(2, 2))
+        one.push({"a": torch.ones(2)}, 1, 0, 0, slice=0, rows={"t": ones})
+        other.push({"a": torch.ones(2)}, 1, 0, 0, slice=1, rows={"t": Rows(torch.tensor([3]), torch.ones(1, 2))})
+        assert one.fetch_rows("t", torch.arange(5), step=1)[:, 0].tolist() == [0.0, 0.5, 0.0, 1.0, 0.0]
+        into = {"a": torch.empty(2)}
+        assert other.fetch(into, step=1) == 1
+        assert into["a"].tolist() == [1.0, 1.0]
+        one.close()
+        other.close()
 
 
 @both

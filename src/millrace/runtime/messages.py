@@ -20,6 +20,7 @@ from torch import Tensor
 from millrace.errors import WorkerError
 
 _LENGTH = struct.Struct("<I")
+_TOGETHER_BYTES = 64 * 1024  # so few are sent in one call
 LONGEST_WAIT_S = 86400.0  # of the system, which counts in small integers
 
 
@@ -67,8 +68,11 @@ def send(connection: socket.socket, message: Message, timeout_s: float, who: str
     """
     try:
         connection.settimeout(min(timeout_s, LONGEST_WAIT_S))
-        for piece in pieces(message):
-            connection.sendall(piece)
+        parts = pieces(message)
+        if sum(map(len, parts)) <= _TOGETHER_BYTES:
+            parts = [memoryview(b"".join(parts))]
+        for part in parts:
+            connection.sendall(part)
     except TimeoutError:
         raise WorkerError(silent(who, timeout_s)) from None
     except OSError:
