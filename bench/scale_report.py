@@ -87,8 +87,8 @@ def report(whole: dict[str, Any]) -> str:
         "## Where each way saturates\n\nThe least number of workers from which twice as many bring less than 10 % more "
         f"examples per second;\n-: none up to half of the largest number. {whole['servers']} servers.\n",
         _saturation(cases),
-        "## How many servers are needed\n\nFor 90 % of the rate that servers without limit would give, in runs of 20 to 40 "
-        "steps.\n",
+        "## How many servers are needed\n\nFor 90 % of the rate that servers without limit would give, in runs of 20 "
+        "to 40 steps.\n",
         _needed(cases),
         *(_case(name, case) for name, case in cases.items()),
     ]
