@@ -1,8 +1,8 @@
 """python -m bench.faults: what a lost worker costs a synchronous run: until it is noticed, and until the next step.
 
 Replicas train on the digits, over processes of this machine (or a local Ray: --cluster local). Now and then one of
-them is killed (SIGKILL) or frozen (SIGSTOP) at a moment drawn by seed; a spare takes its place, and the next fault comes
-when all are there again. Prints one JSON line for each kind: seconds until the loss was noticed, seconds from the fault
+them is killed (SIGKILL) or frozen (SIGSTOP) at a moment drawn by seed, a spare takes its place, and the next fault
+comes when all are there again. Prints one JSON line for each kind: seconds until the loss was noticed, from the fault
 to the next finished step, how many steps were handed out twice, and goodput: the steps taken in the time of the whole,
 the start of new spares included, against those of the same time without faults.
 """
