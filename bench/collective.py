@@ -1,8 +1,9 @@
 """All-reduce of 100 MB between processes of one host, against bare gloo: `python -m bench.collective`.
 
-Bare gloo adds up one flat tensor. The groups of `millrace.replicas` weigh the tensors, too, and pack them where there
-are many: "one" is one tensor, "mixture" 60 tensors as in a transformer. All take turns; a time is the longest of all
-ranks'; the ratio is the median over the rounds of time / bare gloo's time in the same round. One JSON line per figure.
+Bare gloo adds up one flat tensor, and so do the groups of `millrace.replicas`: "one" is one tensor, "mixture" 60
+tensors as in a transformer. "weighed": they are multiplied by the rank's weight, too. All take turns; a time is the
+longest of all ranks'; the ratio is the median over the rounds of time / bare gloo's time in the same round. Prints one
+JSON line per figure.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ TIMEOUT_S = 120.0
 
 
 def tensors(lengths: list[int]) -> list[Tensor]:
-    return [torch.ones(length) for length in lengths]
+    return [torch.full((length,), 1e-30) for length in lengths]  # it grows by the number of ranks in every round
 
 
 def bare_gloo(address: StoreAddress, rank: int, size: int) -> ProcessGroupGloo:
@@ -57,8 +58,12 @@ def be_rank(address: StoreAddress, rank: int, size: int, rounds: int, chunks: li
         groups[name] = group(3 + number, SharedGroup, chunk_bytes=chunk_bytes)
     kinds: dict[str, Callable[[], object]] = {BARE: lambda: bare.allreduce([flat]).wait()}
     for name, own in groups.items():
-        for shape, lengths in (("one", [ELEMENTS]), ("mixture", list(LAYER) * LAYERS)):
-            kinds[f"{name}, {shape}"] = _reducing(own, tensors(lengths), 1 / size)
+        for shape, lengths, weight in (
+            ("one", [ELEMENTS], 1.0),
+            ("mixture", list(LAYER) * LAYERS, 1.0),
+            ("mixture, weighed", list(LAYER) * LAYERS, 1 / size),
+        ):
+            kinds[f"{name}, {shape}"] = _reducing(own, tensors(lengths), weight)
     times_s: dict[str, list[float]] = {name: [] for name in kinds}
     for number in range(rounds + 1):
         for name, reduce in kinds.items():
