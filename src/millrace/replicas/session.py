@@ -121,6 +121,7 @@ class ReplicatedSession(RemoteSession):
         self._variables = _of_both(whole) if whole else tuple(v.name for v in graph.variables)
         self._keys: dict[Key, int] = {}  # programs by the shape of a slice
         self._programs: dict[int, Tensor] = {}
+        self._hosts: dict[str, str] = {}  # the machine of every member that there was
         self._given: dict[str, set[int]] = {}  # which programs each worker has
         self._slices: list[_Slice] = []  # of the step in flight
         self._batches = 1  # in a step
@@ -300,7 +301,8 @@ class ReplicatedSession(RemoteSession):
     def _heard(self, event: hub_events.Event) -> None:
         told: DriverEvent
         match event:
-            case hub_events.Joined(member):
+            case hub_events.Joined(member, host=host):
+                self._hosts[member] = host
                 told = Joined(member)
             case hub_events.Lost(member, why):
                 if member in self._given:  # not one that stood by, or was not needed any more
@@ -348,7 +350,12 @@ class ReplicatedSession(RemoteSession):
         tensors: dict[str, Tensor] = {}
         if kind == "role":
             self._given[member] = set()
-            fields |= {"role": "worker", "compile": self._compile, "timeout_s": self._patience()}
+            fields |= {
+                "role": "worker",
+                "one_host": len(set(self._hosts.values())) == 1,
+                "compile": self._compile,
+                "timeout_s": self._patience(),
+            }
             fields |= {"store": asdict(self._rendezvous.address), "rule": asdict(self._rule) if self._rule else None}
             tensors = {GRAPH: self._shared} | self._variables_for(fields["committed"])
         elif kind == "step":
@@ -364,6 +371,8 @@ class ReplicatedSession(RemoteSession):
                 if key not in self._given[member]:
                     self._given[member].add(key)
                     self._hub.send(member, Message("program", {"key": key}, {GRAPH: self._programs[key]}))
+        elif kind == "form":  # all of a group are told so at once
+            fields["one_host"] = len({self._hosts[worker] for worker in self._given}) == 1
         self._hub.send(member, Message(kind, fields, tensors))
 
     def _variables_for(self, committed: int) -> dict[str, Tensor]:

@@ -41,6 +41,7 @@ from millrace.replicas.rendezvous import StoreAddress
 from millrace.replicas.replica import Computed as Results
 from millrace.replicas.replica import Replica, Slice
 from millrace.replicas.settings import LocalSteps
+from millrace.replicas.shared_group import SharedGroup
 from millrace.replicas.worker_state import WorkerState
 from millrace.runtime.messages import LONGEST_WAIT_S, Message
 
@@ -58,6 +59,7 @@ class _Worker:
         self._state = WorkerState()
         self._role = role
         self._group: Group | None = None
+        self._one_host = False  # all of the group
         self._feeds: Message | None = None  # of the step in flight
         self._results: Results | None = None
         self._slices: tuple[int, ...] = ()  # whose results those are
@@ -86,6 +88,8 @@ class _Worker:
             else:
                 if message.kind == "step":
                     self._feeds = message
+                elif message.kind == "form":
+                    self._one_host = message.fields["one_host"]
                 self._handle(Told(message.kind, message.fields))
 
     def _handle(self, event: WorkerEvent | None) -> None:
@@ -109,7 +113,8 @@ class _Worker:
         match command:
             case FormGroup(generation, rank, size):
                 self._line.progress(f"forming generation {generation} as rank {rank} of {size}")
-                self._group = GlooGroup(
+                kind = SharedGroup if self._one_host else GlooGroup
+                self._group = kind(
                     StoreAddress(**self._role.fields["store"]),
                     generation,
                     rank,
