@@ -21,6 +21,7 @@ from millrace.graph.check import check
 from millrace.graph.graph import Graph
 from millrace.graph.passes.prune import prune
 from millrace.graph.passes.sparse_rows import sparse_rows
+from millrace.graph.passes.splitting.split import split
 from millrace.graph.passes.unroll import unroll
 from millrace.graph.trace import trace
 from millrace.graph.training import training_graph
@@ -294,3 +295,23 @@ def test_variables_of_any_layout_keep_it(strided: str) -> None:
     assert torch.equal(variable, made() * 2 - 1)
     assert (variable.data_ptr(), variable.stride()) == (address, stride)
     assert found[0].item() == (made() * 2 - 1).sum().item()
+
+
+def test_sums_over_blocks_grow_by_their_products_in_one_operator() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    graph = training_graph(model, cross_entropy, torch.optim.SGD(model.parameters(), lr=0.1), labelled())
+    blocks = split(graph, 4, min_width=8)
+    made = in_place(blocks)
+    sums = [node for node in made.graph.nodes if node.target is torch.ops.aten.addmm_.default]
+    assert len(sums) == 2 * 3  # of the gradients of both tanh: three more blocks are added to the first
+    fetches, variables = functional(blocks, blocks.initial, list(labelled()))
+    live = {name: tensor.detach().clone() for name, tensor in blocks.initial.items()}
+    found = compile_eager(blocks)([live[v.name] for v in blocks.variables], list(labelled()))
+    torch.testing.assert_close(found, fetches, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(live, variables, rtol=1e-12, atol=1e-14)
+
+
+def test_other_sums_of_products_keep_their_bits() -> None:
+    graph = trace(lambda _, x: x @ x + x @ x.t(), {}, torch.randn(3, 3))
+    assert torch.ops.aten.addmm_.default not in [node.target for node in in_place(graph).graph.nodes]

@@ -19,7 +19,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from millrace.graph.aliases import makes_memory, may_alias
-from millrace.graph.graph import Graph, copy_fx, feed_key, set_output
+from millrace.graph.graph import INFO, Graph, copy_fx, feed_key, set_output
 
 aten = torch.ops.aten
 
@@ -61,6 +61,8 @@ def _with_assignments(graph: Graph, writable: Collection[str] = (), *, reuse_mem
     fetched = [by_name[name] for name in graph.fetches.values()]
     updates = {inputs[variable]: by_name[name] for variable, name in graph.updates.items()}
     output = next(iter(fx.find_nodes(op="output")))
+    if reuse_memory:
+        _add_products_of_blocks(fx)
     chains = _chains(fx, updates, set(fetched)) if reuse_memory else {}
     copies = [(variable, value) for variable, value in updates.items() if variable not in chains]
     links = {link for chain in chains.values() for link in chain}
@@ -108,6 +110,28 @@ def _chain(variable: Node, value: Node) -> list[Node]:
         chain.insert(0, node)
         node = node.args[0]
     return chain
+
+
+def _add_products_of_blocks(graph: torch.fx.Graph) -> None:
+    """Where a sum over the blocks of a split layer grows by a product, one operator instead of two.
+
+    The graph has two, since blocks may be on different devices and need not wait for each other; here they run one
+    after the other. What is rounded on the way is a partial sum, which the step that was split did not have.
+    """
+    for node in list(graph.find_nodes(op="call_function", target=aten.add.Tensor)):
+        total, product, *_ = node.args
+        if (
+            isinstance(product, Node)
+            and product.target is aten.mm.default
+            and product.meta[INFO].block is not None
+            and product.meta["val"].is_floating_point()
+            and list(product.users) == [node]
+            and not node.kwargs
+            and makes_memory(total)
+            and _is_only_reader(node)
+        ):
+            node.target, node.args = aten.addmm.default, (total, *product.args)
+            graph.erase_node(product)
 
 
 def _overwriting(graph: torch.fx.Graph, given: set[Node], links: set[Node]) -> list[Node]:
