@@ -1,10 +1,11 @@
 """Named tensors in memory that processes of one host share: a shard's variables, and a worker's mailbox.
 
-    | version word | tensor | tensor | …        each at a multiple of 64 bytes
+    | version word, limit | tensor | tensor | …        each at a multiple of 64 bytes
 
-The version word is for a shard's variables (a seqlock): twice the version while they can be read, an odd number while
-they are being updated. Who reads the same even number before and after has read one version. The memory has no name,
-only descriptors that travel over a Unix socket, so that the system takes it back when the last process is gone.
+Both words are for a shard's variables. The version word is a seqlock: twice the version while they can be read, an odd
+number while they are being updated. Who reads the same even number before and after has read one version. Versions up
+to the limit may be read without asking. The memory has no name, only descriptors that travel over a Unix socket, so
+that the system takes it back when the last process is gone.
 """
 
 from __future__ import annotations
@@ -47,17 +48,22 @@ def layout(specs: Mapping[str, TensorSpec]) -> tuple[tuple[Place, ...], int]:
 
 
 class TensorRegion:
-    """A mapped region. tensors: by name, in place. descriptor: of the memory; it is closed with the region,
+    """A mapped region.
+
+    tensors: by name, in place. populate: take all pages now. descriptor: of the memory; it is closed with the region,
     and the memory goes with the last tensor in it."""
 
-    def __init__(self, descriptor: int, places: Sequence[Place], *, writable: bool) -> None:
+    def __init__(
+        self, descriptor: int, places: Sequence[Place], *, writable: bool = False, populate: bool = True
+    ) -> None:
         self.descriptor = descriptor
         weakref.finalize(self, os.close, descriptor)
         self.places = tuple(places)
         size_bytes = max((_end(place) for place in places), default=_ALIGN_BYTES)
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        memory = mmap.mmap(descriptor, size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=protection)
-        self._word = memoryview(memory)[:8].cast("Q")
+        flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0)
+        memory = mmap.mmap(descriptor, size_bytes, flags=flags, prot=protection)
+        self._words = memoryview(memory)[:16].cast("Q")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that torch knows no tensors which only can be read
             self._whole = torch.frombuffer(memory, dtype=torch.uint8)
@@ -72,15 +78,24 @@ class TensorRegion:
     @property
     def word(self) -> int:
         """The version word."""
-        found = self._word[0]
+        found = self._words[0]
         order_memory()
         return found
 
     @word.setter
     def word(self, value: int) -> None:
         order_memory()
-        self._word[0] = value
+        self._words[0] = value
         order_memory()
+
+    @property
+    def limit(self) -> int:
+        """The last version that may be read without asking."""
+        return self._words[1]
+
+    @limit.setter
+    def limit(self, value: int) -> None:
+        self._words[1] = value
 
     def forbid_writers(self) -> None:
         """Whoever maps the region from here on can only read it."""

@@ -17,14 +17,16 @@ from typing import Any
 from torch import Tensor
 
 from millrace.errors import MillraceError, WorkerError
+from millrace.graph.signature import TensorSpec
 from millrace.replicas.plain_sockets import Listener
+from millrace.replicas.push_frame import Push, Told, decode, encode_told
 from millrace.replicas.regions import TensorRegion, check_region, layout, to_json
-from millrace.replicas.server_copy import CopyIn, CopyOut, rows_from_tensors
+from millrace.replicas.server_copy import CopyIn, CopyOut
 from millrace.replicas.server_link import Link
 from millrace.replicas.shard import Lying, Shard
-from millrace.replicas.shard_events import Ack, Configured, Drop, Policy, Pushed
+from millrace.replicas.shard_events import Ack, Configured, Policy, Pushed
 from millrace.replicas.shard_state import ShardState
-from millrace.replicas.shard_store import ShardStore, Staged
+from millrace.replicas.shard_store import ShardStore, Staged, check_rows
 from millrace.runtime.messages import Message
 
 _HELLO_S = 10.0  # for the first message of a connection
@@ -150,18 +152,22 @@ class _WorkerConnection:
         self._patience_s = patience_s
         self._mailboxes: dict[int, TensorRegion] = {}
         self._places, _ = layout(self._store.gradients)
+        self._tables = {table: TensorSpec.of(self._store.tensor(table)) for table in self._store.tables}
         self._snapshot: dict[str, Tensor] = {}
 
     def run(self) -> None:
         """Answer until the worker ends."""
         self._welcome()
-        ask = {"fetch": self._fetch, "push": self._push, "rows": self._rows, "mailbox": self._mailbox}
+        ask = {"fetch": self._fetch, "rows": self._rows, "mailbox": self._mailbox}
         while True:
-            message = self._link.receive()
-            if message.kind not in ask:
+            message = self._link.receive_any()
+            if isinstance(message, Message) and message.kind not in ask:
                 raise WorkerError(f"{self._link.who} said {message.kind!r}, which no worker says to a shard.")
             try:
-                ask[message.kind](message)
+                if isinstance(message, Message):
+                    ask[message.kind](message)
+                else:
+                    self._push(decode(message, self._tables))
             except MillraceError as error:
                 self._say("error", {"type": type(error).__name__, "text": str(error)})
 
@@ -175,7 +181,7 @@ class _WorkerConnection:
             "version": self._shard.state.version,
             "variables": to_json(store.fetched_places),
             "gradients": to_json(self._places),
-            "tables": [p for p in to_json(store.region.places) if p[0] in store.tables],
+            "tables": to_json([place for name in store.tables for place in store.region.places if place.name == name]),
         }
         self._say("welcome", fields)
         if self._link.shared:
@@ -185,7 +191,7 @@ class _WorkerConnection:
         descriptor = self._link.receive_region(self._patience_s)
         check_region(descriptor, self._places, self._link.who)
         # What the memory held before may still be waiting for its turn: the tensors keep it.
-        self._mailboxes[message.fields["number"]] = TensorRegion(descriptor, self._places, writable=False)
+        self._mailboxes[message.fields["number"]] = TensorRegion(descriptor, self._places)
 
     def _fetch(self, message: Message) -> None:
         fields = message.fields
@@ -208,28 +214,23 @@ class _WorkerConnection:
             values = self._store.tensor(fields["table"])[rows]
         self._say("rows", {"version": version}, values=values)
 
-    def _push(self, message: Message) -> None:
-        fields = message.fields
+    def _push(self, push: Push) -> None:
         region, gradients = None, {}
-        if fields["dense"]:
-            region = self._region(fields["slice"])
+        if push.dense:
+            region = self._region(push.slice)
             gradients = region.tensors
             if not self._link.shared:
-                self._link.receive_tensors(gradients.values(), fields["timeout_s"])
-        rows = rows_from_tensors(message.tensors)
-        for table, given in rows.items():
-            self._store.check_rows(table, given.rows, given.values)
-        event = Pushed(
-            self._link.who,
-            fields["sequence"],
-            fields["step"],
-            fields["version"],
-            fields["slice"],
-            fields["examples"],
-            f"{self._link.who}/{fields['sequence']}",
-        )
-        answer = self._shard.push(event, Lying(Staged(gradients, rows), region), fields["timeout_s"])
-        self._say("pushed", _told(answer))
+                self._link.receive_tensors(gradients.values(), push.timeout_s)
+        for table, given in push.rows.items():
+            check_rows(table, self._tables[table], given.rows)
+        who = self._link.who
+        key = f"{who}/{push.sequence}"
+        event = Pushed(who, push.sequence, push.step, push.version, push.slice, push.examples, key)
+        answer = self._shard.push(event, Lying(Staged(gradients, push.rows), region), push.timeout_s)
+        if isinstance(answer, Ack):
+            self._link.send_frame(encode_told(Told(answer.sequence, answer.version, answer.tau)), self._patience_s)
+        else:
+            self._say("dropped", {"why": answer.why})
 
     def _region(self, slice: int) -> TensorRegion:
         if slice not in self._mailboxes:
@@ -237,9 +238,3 @@ class _WorkerConnection:
                 raise WorkerError(f"{self._link.who} pushed slice {slice} without having shared memory for it.")
             self._mailboxes[slice] = TensorRegion.new(self._store.who, self._store.gradients)
         return self._mailboxes[slice]
-
-
-def _told(answer: Ack | Drop) -> dict[str, Any]:
-    if isinstance(answer, Drop):
-        return {"applied": False, "why": answer.why, "sequence": answer.sequence, "version": None, "tau": None}
-    return {"applied": True, "why": "", "sequence": answer.sequence, "version": answer.version, "tau": answer.tau}

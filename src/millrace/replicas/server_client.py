@@ -19,10 +19,11 @@ from millrace import errors
 from millrace.errors import FeedError, FetchError, WorkerError, did_you_mean
 from millrace.graph.signature import TensorSpec
 from millrace.replicas.plain_sockets import dial
+from millrace.replicas.push_frame import Push, decode_told, encode
 from millrace.replicas.regions import TensorRegion, check_region, from_json
-from millrace.replicas.server_copy import rows_to_tensors
 from millrace.replicas.server_link import Link
-from millrace.replicas.shard_store import Rows
+from millrace.replicas.shard_state import NO_LIMIT
+from millrace.replicas.shard_store import Rows, check_rows
 from millrace.runtime.messages import Message
 
 Dial = Callable[[str, float], Any]  # (address, seconds) -> a connected socket
@@ -49,6 +50,8 @@ class _Open:
     tensors: Mapping[str, Tensor]
     dense: Mapping[str, Tensor]
     into: Mapping[str, Tensor]
+    frame: bytes = b""  # instead of fields and tensors
+    found: Any = None  # the answer, where nobody had to be asked
 
 
 class ShardClient:
@@ -143,25 +146,30 @@ class ShardClient:
             if name not in self.variables:
                 known = list(self.variables)
                 raise FetchError(f"{self.shard} has no variable {name!r} to fetch. {did_you_mean(name, known)}")
-        self._ask(_Open("fetch", {"step": step, "inline": None}, {}, {}, into))
+        question = _Open("fetch", {"step": step, "inline": None}, {}, {}, into)
+        question.found = self._without_asking(step, lambda: self._copy(into))
+        self._ask(question)
 
     def finish_fetch(self) -> int:
         """Returns: the version of what was copied. Raises: as `fetch`."""
         asked = self._waiting("fetch")
         tries = 0
-        while True:
-            version: int = self._answer().fields["version"]
+        while asked.found is None:
+            version: int = self._said().fields["version"]
             if asked.fields["inline"] is not None:
                 self._receive(asked.into.values())
+                asked.found = version
                 break
-            if self._read_in_place(asked.into, version):
+            asked.found = self._of_version(version, lambda: self._copy(asked.into))
+            if asked.found is not None:
                 break
             tries += 1
             if tries == _TRIES:  # others push all the time: let the shard copy the variables while nobody does
                 asked.fields["inline"] = list(asked.into)
             self._ask(asked)
         self._open = None
-        return version
+        found: int = asked.found
+        return found
 
     def start_push(
         self,
@@ -176,37 +184,41 @@ class ShardClient:
     ) -> None:
         """Hand gradients over; `finish_push` waits for what the shard says of them."""
         self._check(gradients)
-        fields = {
-            "sequence": sequence,
-            "step": step,
-            "version": version,
-            "slice": slice,
-            "examples": examples,
-            "dense": bool(gradients),
-        }
+        given = rows or {}
+        for table, part in given.items():
+            self._check_rows(table, part.rows, part.values)
         if gradients:
             box = self.mailbox(slice)
             for name, gradient in gradients.items():
                 if gradient.data_ptr() != box[name].data_ptr():
                     box[name].copy_(gradient)
             gradients = box
-        self._ask(_Open("push", fields, rows_to_tensors(rows or {}), gradients, {}))
+        push = Push(sequence, step, version, slice, examples, self.timeout_s, bool(gradients), given)
+        self._ask(_Open("push", {}, {}, gradients, {}, encode(push, list(self.tables))))
 
     def finish_push(self) -> Receipt:
         """Returns: what became of it. Raises: as `push`."""
         self._waiting("push")
-        said = self._answer().fields
+        said = self._answer()
         self._open = None
-        return Receipt(said["applied"], said["version"], said["tau"], said["why"])
+        if isinstance(said, Message):
+            return Receipt(False, None, None, said.fields["why"])
+        told = decode_told(said)
+        return Receipt(True, told.version, told.tau)
 
     def start_fetch_rows(self, table: str, rows: Tensor, step: int = 0) -> None:
         """Ask for rows; `finish_fetch_rows` waits for them."""
-        self._ask(_Open("rows", {"table": table, "step": step}, {"rows": rows}, {}, {}))
+        self._check_rows(table, rows)
+        question = _Open("rows", {"table": table, "step": step}, {"rows": rows}, {}, {})
+        values: list[Tensor] = []
+        if self._without_asking(step, lambda: values.append(self._held(table).index_select(0, rows))) is not None:
+            question.found = values[-1]
+        self._ask(question)
 
     def finish_fetch_rows(self) -> Tensor:
         """Returns: the rows. Raises: as `fetch_rows`."""
-        self._waiting("rows")
-        values = self._answer().tensors["values"]
+        asked = self._waiting("rows")
+        values: Tensor = self._said().tensors["values"] if asked.found is None else asked.found
         self._open = None
         return values
 
@@ -260,8 +272,9 @@ class ShardClient:
         self._shown: TensorRegion | None = None
         if link.shared:
             descriptor = link.receive_region(self.timeout_s)
+            places += from_json(said.fields["tables"])
             check_region(descriptor, places, link.who)
-            self._shown = TensorRegion(descriptor, places, writable=False)
+            self._shown = TensorRegion(descriptor, places, populate=False)  # of a table, few pages are ever touched
 
     def _share(self, slice: int) -> None:
         """Give the shard a mailbox. Where there is none just now, `move_to` does it."""
@@ -277,11 +290,16 @@ class ShardClient:
         if self._open is not None and self._open is not question:
             raise WorkerError(f"{self.worker} has not finished its {self._open.kind} with {self.shard} yet.")
         self._open = question
+        if question.found is not None:
+            return
         try:
             if question.kind == "fetch" and not self._live.shared:
                 question.fields["inline"] = list(question.into)
-            fields = {**question.fields, "timeout_s": self.timeout_s}
-            self._live.send(question.kind, self.timeout_s, fields, **question.tensors)
+            if question.frame:
+                self._live.send_frame(question.frame, self.timeout_s)
+            else:
+                fields = {**question.fields, "timeout_s": self.timeout_s}
+                self._live.send(question.kind, self.timeout_s, fields, **question.tensors)
             if question.dense and not self._live.shared:
                 self._live.send_tensors(question.dense.values(), self.timeout_s)
         except WorkerError:
@@ -293,15 +311,22 @@ class ShardClient:
             raise WorkerError(f"{self.worker} waits for no {kind} from {self.shard}: start one first.")
         return self._open
 
-    def _answer(self) -> Message:
+    def _said(self) -> Message:
+        """An answer that is a message."""
+        said = self._answer()
+        if not isinstance(said, Message):
+            raise WorkerError(f"{self.shard} acknowledged a push where {self.worker} waited for something else.")
+        return said
+
+    def _answer(self) -> Message | bytearray:
         """What the shard says. After silence the connection is of no use: a late answer would be taken for another."""
         try:
-            message = self._live.receive(self.timeout_s + _GRACE_S)
+            message = self._live.receive_any(self.timeout_s + _GRACE_S)
         except WorkerError as error:
             self.close()
             assert self._open is not None
             raise WorkerError(f"{self.worker} waited for its {self._open.kind}: {error}") from error
-        if message.kind == "error":
+        if isinstance(message, Message) and message.kind == "error":
             self._open = None
             raise getattr(errors, message.fields["type"], WorkerError)(message.fields["text"])
         return message
@@ -313,14 +338,35 @@ class ShardClient:
             self.close()
             raise
 
-    def _read_in_place(self, into: Mapping[str, Tensor], version: int) -> bool:
-        """Copy the shared variables. False when they are not, or not all, of that version."""
+    def _without_asking(self, step: int, read: Callable[[], None]) -> int | None:
+        """Read what is shared, where the shard lets everybody. Returns: the version; None if it has to be asked."""
+        if self._shown is None or self._link is None:
+            return None
+        version, limit = self._shown.word // 2, self._shown.limit
+        if version > limit or (limit != NO_LIMIT and version < step):
+            return None
+        return self._of_version(version, read)
+
+    def _of_version(self, version: int, read: Callable[[], None]) -> int | None:
+        """Read what is shared. Returns: the version; None when it was, or became, another one."""
         assert self._shown is not None
         if self._shown.word != 2 * version:
-            return False
+            return None
+        read()
+        return version if self._shown.word == 2 * version else None
+
+    def _held(self, name: str) -> Tensor:
+        assert self._shown is not None
+        return self._shown.tensors[name]
+
+    def _copy(self, into: Mapping[str, Tensor]) -> None:
         for name, target in into.items():
-            target.copy_(self._shown.tensors[name])
-        return self._shown.word == 2 * version
+            target.copy_(self._held(name))
+
+    def _check_rows(self, table: str, rows: Tensor, values: Tensor | None = None) -> None:
+        if table not in self.tables:
+            raise FetchError(f"{self.shard} has no table {table!r}. {did_you_mean(table, list(self.tables))}")
+        check_rows(table, self.tables[table], rows, values)
 
     def _check(self, gradients: Mapping[str, Tensor]) -> None:
         if gradients and gradients.keys() != self.gradients.keys():

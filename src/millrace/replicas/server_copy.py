@@ -180,7 +180,7 @@ class CopyIn:
                 descriptor = self._link.receive_region(self._timeout_s)
                 places, _ = layout(self._shard.store.gradients)
                 check_region(descriptor, places, self._link.who)
-                self._mailboxes[fields["number"]] = TensorRegion(descriptor, places, writable=False)
+                self._mailboxes[fields["number"]] = TensorRegion(descriptor, places)
             case "staged":
                 self._shard.stage(fields["key"], self._lying(message))
             case "forward":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,7 +17,10 @@ import torch
 from torch import Tensor
 
 from millrace.errors import WorkerError
-from millrace.runtime.messages import LONGEST_WAIT_S, Message, receive, receive_bytes, send, send_bytes
+from millrace.runtime.messages import LONGEST_WAIT_S, Message, bytes_of, reading, receive_bytes, send, send_bytes
+
+_LENGTH = struct.Struct("<I")
+_NO_MESSAGE = 0x8000_0000  # set in the length of what is not a `Message`
 
 
 class Link:
@@ -35,7 +39,33 @@ class Link:
 
     def receive(self, timeout_s: float = LONGEST_WAIT_S) -> Message:
         """Raises: WorkerError when the other side has ended, or says nothing for so long."""
-        return receive(self.connection, timeout_s, self.who)
+        found = self.receive_any(timeout_s)
+        if isinstance(found, Message):
+            return found
+        raise WorkerError(f"{self.who} sent bytes where a message was expected.")
+
+    def send_frame(self, content: bytes, timeout_s: float) -> None:
+        """Write bytes that are no `Message`; `receive_any` tells them apart. Raises: as `send`."""
+        framed = memoryview(_LENGTH.pack(len(content) | _NO_MESSAGE) + content)
+        send_bytes(self.connection, framed, timeout_s, self.who)
+
+    def receive_any(self, timeout_s: float = LONGEST_WAIT_S) -> Message | bytearray:
+        """A message, or the bytes of `send_frame`. Raises: as `receive`."""
+        deadline_s = time.monotonic() + timeout_s
+        steps = reading()
+        memory = next(steps)
+        receive_bytes(self.connection, memory, timeout_s, self.who)
+        (length,) = _LENGTH.unpack(memory)
+        if length & _NO_MESSAGE:
+            content = bytearray(length & ~_NO_MESSAGE)
+            receive_bytes(self.connection, memoryview(content), deadline_s - time.monotonic(), self.who)
+            return content
+        try:
+            while True:
+                receive_bytes(self.connection, next(steps), deadline_s - time.monotonic(), self.who)
+        except StopIteration as end:
+            message: Message = end.value
+            return message
 
     def send_region(self, descriptor: int, timeout_s: float) -> None:
         """Hand over a descriptor. Raises: as `send`."""
@@ -91,8 +121,3 @@ class Link:
         """End the connection and give its descriptor back. A second call does nothing."""
         self.end()
         self.connection.close()
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data

@@ -58,6 +58,7 @@ class Shard:
         self._replies: dict[str, Reply] = {}
         self._failure: MillraceError | None = None
         store.region.word = 2 * state.version
+        store.region.limit = state.limit()
 
     def tell(self, event: Event) -> None:
         """Handle an event. Raises: what an update raised, from then on for every event."""
@@ -67,6 +68,7 @@ class Shard:
             try:
                 for command in self.state.handle(event):
                     self._do(command)
+                self.store.region.limit = self.state.limit()
             except MillraceError as error:
                 self._failure = error
                 raise

@@ -49,6 +49,8 @@ from millrace.replicas.shard_events import (
     Sync,
 )
 
+NO_LIMIT = 2**62
+
 
 class ShardState:
     """The state of one shard, or of the copy of one.
@@ -112,6 +114,14 @@ class ShardState:
                 return f"step {self.version} to be complete: {self.policy.needed} slices are needed, those here: {have}"
             return f"the copy to have version {self.version}" if self.version_index > self._settled else ""
         return self._ahead_of(worker, self.policy)
+
+    def limit(self) -> int:
+        """The last version that every worker may read without asking; 0: each has to ask."""
+        if self.is_copy:
+            return 0
+        if isinstance(self.policy, Sync):
+            return self.version if self.version_index <= self._settled else 0
+        return NO_LIMIT if self.policy.bound is None else 0
 
     def snapshot(self) -> Snapshot:
         """All that the log has decided so far."""
@@ -199,12 +209,13 @@ class ShardState:
         self.index += 1
         if isinstance(entry, Configured):
             return self._configure(entry)
-        tau = self.version - entry.version
+        # After a crash a worker may know a version that the copy that took over has not reached.
+        tau = max(0, self.version - entry.version)
         if isinstance(self.policy, Sync):
             self.staged[entry.slice] = entry
             commands = self._complete()
         else:
-            weight = 1.0 / (1 + max(tau, 0)) if self.policy.damped else 1.0
+            weight = 1.0 / (1 + tau) if self.policy.damped else 1.0
             commands = [self._apply((entry.key,), (weight,))]
             if entry.worker in self.clocks:
                 self.clocks[entry.worker] += 1

@@ -81,17 +81,10 @@ class ShardStore:
         return self.region.tensors[name]
 
     def check_rows(self, table: str, rows: Tensor, values: Tensor | None = None) -> None:
-        """Raises: FeedError for rows that the table does not have, or values that are not of its rows' shape."""
+        """Raises: FetchError for no table; FeedError as `check_rows`."""
         if table not in self.tables:
             raise FetchError(f"{self.who} has no table {table!r}. {did_you_mean(table, list(self.tables))}")
-        held = self.region.tensors[table]
-        if rows.ndim != 1 or rows.dtype != torch.int64:
-            raise FeedError(f"rows of {table!r} must be int64 [n], got {rows.dtype} {list(rows.shape)}")
-        if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(held):
-            raise FeedError(f"table {table!r} has {len(held)} rows, asked for {int(rows.min())} to {int(rows.max())}")
-        shape = (len(rows), *held.shape[1:])
-        if values is not None and (tuple(values.shape) != shape or values.dtype != held.dtype):
-            raise FeedError(f"{table!r}: {held.dtype} {list(shape)} expected, got {values.dtype} {list(values.shape)}")
+        check_rows(table, TensorSpec.of(self.region.tensors[table]), rows, values)
 
     def apply(self, pushes: Sequence[Staged], weights: Sequence[float], version: int) -> None:
         """Update the variables with the weighted sum of pushes; they are of `version` then.
@@ -143,3 +136,15 @@ def _check(who: str, specs: Mapping[str, TensorSpec], given: Mapping[str, Tensor
         if not spec.fits(given[name]):
             got = f"{given[name].dtype} {list(given[name].shape)}"
             raise FeedError(f"variable {name!r} of {who} is {spec} in the update graph, got {got}.")
+
+
+def check_rows(table: str, spec: TensorSpec, rows: Tensor, values: Tensor | None = None) -> None:
+    """Raises: FeedError for rows that the table does not have, or values that are not of its rows' shape."""
+    if rows.ndim != 1 or rows.dtype != torch.int64:
+        raise FeedError(f"rows of {table!r} must be int64 [n], got {rows.dtype} {list(rows.shape)}")
+    first, last = (int(end) for end in torch.aminmax(rows)) if rows.numel() else (0, 0)
+    if first < 0 or last >= spec.shape[0] > 0:
+        raise FeedError(f"table {table!r} has {spec.shape[0]} rows, asked for {first} to {last}")
+    shape = (len(rows), *spec.shape[1:])
+    if values is not None and (tuple(values.shape) != shape or values.dtype != spec.dtype):
+        raise FeedError(f"{table!r}: {spec.dtype} {list(shape)} expected, got {values.dtype} {list(values.shape)}")

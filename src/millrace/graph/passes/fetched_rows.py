@@ -122,8 +122,8 @@ def padded(rows: Tensor, count: int) -> Tensor:
 
 def summed_rows(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Row gradients of several slices as one: (rows, values) pairs -> each row once, ascending, with its sum."""
-    rows, places = torch.unique(torch.cat([rows for rows, _ in parts]), return_inverse=True)
-    values = torch.cat([values for _, values in parts])
+    named, values = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+    rows, places = torch.unique(named, return_inverse=True)
     return rows, values.new_zeros(len(rows), *values.shape[1:]).index_add_(0, places, values)
 
 
