@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -151,6 +152,73 @@ def test_members_join_answer_are_killed_and_known_to_be(local: tuple[Launcher, P
     hub.close()
     assert refused == []
     until(lambda: not set(processes()) - ray_only, 10.0)
+
+
+@pytest.fixture
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Ray that somebody has started on this machine, with two cores: its address."""
+    pytest.importorskip("ray")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    temporary = tmp_path_factory.mktemp("head")
+    options = [f"--port={port}", "--num-cpus=2", "--include-dashboard=false", "--object-store-memory=80000000"]
+    before = processes()
+    with open(temporary / "head.log", "wb") as log:
+        started = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "ray.scripts.scripts",
+                "start",
+                "--head",
+                "--block",
+                f"--temp-dir={temporary}",
+                *options,
+            ],
+            env={
+                **os.environ,
+                "RAY_TMPDIR": str(temporary),
+                "RAY_USAGE_STATS_ENABLED": "0",
+                "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on loopback
+                "PYTHONPATH": os.pathsep.join([str(ECHO), *sys.path]),
+            },
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        until(lambda: "Ray runtime started" in (temporary / "head.log").read_text(), START_S)
+        yield f"127.0.0.1:{port}"
+    finally:
+        below = processes().keys() - before.keys()
+        started.terminate()
+        started.wait(20.0)
+        for pid in below:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_cluster_is_joined_and_what_it_has_no_room_for_is_lost_in_its_time(head: str, tmp_path: Path) -> None:
+    before = set(processes())
+    launcher = choose_launcher(head, MEMBER, ["--imports", "echo_role"], 1, tmp_path, schedule_within_s=3.0)
+    with contextlib.closing(Hub(launcher, new_token(), tmp_path, print)) as hub:
+        assert hub.address.startswith("tcp:127.0.0.1:")
+        began_s = time.monotonic()
+        hub.start(3)
+        events = {e.member: e for e in (hub.next(START_S) for _ in range(3)) if e is not None}
+        (lost,) = (e for e in events.values() if isinstance(e, Lost))
+        assert "found no room within 3 s: it asks for 1 CPU; Ray at" in lost.why
+        assert "has 2 CPU of which 0 free on 1 machines" in lost.why
+        assert len(hub.members) == 2
+        print(f"joined after {time.monotonic() - began_s:.1f} s")
+        for member in hub.members:
+            hub.send(member, Message("role", {"role": "echo"}))
+            assert isinstance(hub.next(10.0), Said)
+        pids = [e.pid for e in events.values() if isinstance(e, Joined)]
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 5.0)
+    until(lambda: not any("replicas.member" in command for command in processes().values()), 5.0)
+    assert before - set(processes()) == set()  # the cluster lives on
 
 
 def test_without_a_cluster_nothing_of_ray_is_imported(tmp_path: Path) -> None:

@@ -326,8 +326,7 @@ class Hub:
             return
         if not why:
             why = f"its process {how}" if how else "its connection ended, and how its process did is not known"
-            if not member.joined:
-                why += " before it was ready"
+            why = why if member.joined else f"before it was ready, {why}"
             words = self._launcher.last_words(member.name)
             why += f"; its last words: {words}" if words else ""
         member.lost, member.ending = True, None

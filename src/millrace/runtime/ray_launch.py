@@ -193,8 +193,13 @@ def _result(ended: Future[tuple[str, str]]) -> tuple[str, str]:
     error = ended.exception()
     if error is None:
         return ended.result()
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return f"ended with its Ray actor ({type(error).__name__})", lines[-1] if lines else ""
+    return f"ended with its Ray actor ({type(error).__name__})", _last(error)
+
+
+def _last(error: BaseException) -> str:
+    """The last line of what it says; Ray's are long, and say most there."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else ""
 
 
 def _start(directory: Path, cpus: float) -> Callable[[], None]:
@@ -243,21 +248,19 @@ def _settings(temporary: Path) -> Iterator[None]:
     changes = {
         "RAY_TMPDIR": str(temporary),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # with it, Ray takes 127.0.0.1 for this machine's only address
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # `_loopback`, for its other processes
     }
     before = {name: os.environ.get(name) for name in (*changes, "PYTHONBREAKPOINT")}
-    clusters = ray_constants.ENABLE_RAY_CLUSTER
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
     log = logging.getLogger("ray")
     level = log.level
     log.setLevel(logging.ERROR)  # it would advise the user on the token
     os.environ.update(changes)
-    ray_constants.ENABLE_RAY_CLUSTER = False  # the same for this process, as Ray read its environment when imported
     try:
-        yield
+        with _loopback():  # for this process, as Ray read its environment when imported
+            yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = clusters
         log.setLevel(level)
         for name, value in before.items():
             if value is None:
@@ -270,14 +273,41 @@ def _settings(temporary: Path) -> Iterator[None]:
 
 def _join(address: str) -> Callable[[], None]:
     handler = signal.getsignal(signal.SIGTERM)
+    retries = ray_constants.NUM_REDIS_GET_RETRIES
+    ray_constants.NUM_REDIS_GET_RETRIES = 1  # of half a minute each; somebody listens there, or we would not be here
     try:
-        ray.init(address=address, log_to_driver=False, configure_logging=False)
+        with _loopback() if _only_on_loopback(address) else contextlib.nullcontext():
+            ray.init(address=address, log_to_driver=False, configure_logging=False)
     except Exception as error:
-        raise SettingError(f"Ray at {address} cannot be joined: {str(error).strip().splitlines()[0]}") from error
+        raise SettingError(f"Ray at {address} cannot be joined ({type(error).__name__}): {_last(error)}") from error
+    finally:
+        ray_constants.NUM_REDIS_GET_RETRIES = retries
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
     leave: Callable[[], None] = ray.shutdown
     return leave
+
+
+@contextlib.contextmanager
+def _loopback() -> Iterator[None]:
+    """Have Ray take 127.0.0.1 for this machine's only address; otherwise it looks for one that others can reach."""
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _only_on_loopback(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    if not host.startswith("127.") and host != "localhost":
+        return False
+    try:
+        socket.create_connection((ray.util.get_node_ip_address(), int(port)), _ANSWER_S).close()
+    except OSError:
+        return True
+    return False
 
 
 def _own_address(address: str) -> str:
