@@ -207,8 +207,13 @@ def _start(directory: Path, cpus: float) -> Callable[[], None]:
     fits = len(str(directory.absolute())) + len("/ray") <= _LONGEST_TEMPORARY
     temporary = Path(directory.absolute(), "ray") if fits else Path(tempfile.mkdtemp(prefix="millrace-ray-"))
     _protect()
+    variables = {
+        "RAY_TMPDIR": str(temporary),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # `_loopback`, for its other processes
+    }
     try:
-        with _settings(temporary):
+        with _undisturbed(variables), _loopback():  # for this process, as Ray read its environment when imported
             ray.init(
                 address="local",
                 num_cpus=cpus,
@@ -242,24 +247,32 @@ def _protect() -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
+def _join(address: str) -> Callable[[], None]:
+    retries = ray_constants.NUM_REDIS_GET_RETRIES
+    ray_constants.NUM_REDIS_GET_RETRIES = 1  # of half a minute each; somebody listens there, or we would not be here
+    try:
+        with _undisturbed({}), _loopback() if _only_on_loopback(address) else contextlib.nullcontext():
+            ray.init(address=address, log_to_driver=False, configure_logging=False)
+    except Exception as error:
+        raise SettingError(f"Ray at {address} cannot be joined ({type(error).__name__}): {_last(error)}") from error
+    finally:
+        ray_constants.NUM_REDIS_GET_RETRIES = retries
+    leave: Callable[[], None] = ray.shutdown
+    return leave
+
+
 @contextlib.contextmanager
-def _settings(temporary: Path) -> Iterator[None]:
-    """Have Ray start on loopback and tell nobody of it; afterwards this process is as it was."""
-    changes = {
-        "RAY_TMPDIR": str(temporary),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # `_loopback`, for its other processes
-    }
-    before = {name: os.environ.get(name) for name in (*changes, "PYTHONBREAKPOINT")}
+def _undisturbed(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of the environment while Ray starts; afterwards this process is as it was."""
+    before = {name: os.environ.get(name) for name in (*variables, "PYTHONBREAKPOINT")}
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
     log = logging.getLogger("ray")
     level = log.level
     log.setLevel(logging.ERROR)  # it would advise the user on the token
-    os.environ.update(changes)
+    os.environ.update(variables)
     try:
-        with _loopback():  # for this process, as Ray read its environment when imported
-            yield
+        yield
     finally:
         log.setLevel(level)
         for name, value in before.items():
@@ -269,23 +282,6 @@ def _settings(temporary: Path) -> Iterator[None]:
                 os.environ[name] = value
         if in_main:
             signal.signal(signal.SIGTERM, handler)
-
-
-def _join(address: str) -> Callable[[], None]:
-    handler = signal.getsignal(signal.SIGTERM)
-    retries = ray_constants.NUM_REDIS_GET_RETRIES
-    ray_constants.NUM_REDIS_GET_RETRIES = 1  # of half a minute each; somebody listens there, or we would not be here
-    try:
-        with _loopback() if _only_on_loopback(address) else contextlib.nullcontext():
-            ray.init(address=address, log_to_driver=False, configure_logging=False)
-    except Exception as error:
-        raise SettingError(f"Ray at {address} cannot be joined ({type(error).__name__}): {_last(error)}") from error
-    finally:
-        ray_constants.NUM_REDIS_GET_RETRIES = retries
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
-    leave: Callable[[], None] = ray.shutdown
-    return leave
 
 
 @contextlib.contextmanager
