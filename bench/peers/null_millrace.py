@@ -21,12 +21,12 @@ import torch
 from bench.peers.null_common import ROW_WIDTH, follow, serve_turns
 from millrace.graph.passes.row_update import row_update
 from millrace.graph.trace import trace
-from millrace.replicas.plain_sockets import PlainListener
 from millrace.replicas.server import ShardServer
 from millrace.replicas.server_client import ShardClient
 from millrace.replicas.shard_clients import ShardClients
 from millrace.replicas.shard_events import Async
 from millrace.replicas.shard_store import Rows, ShardStore
+from millrace.runtime import handshake
 
 
 def be_shard(task: dict[str, Any]) -> None:
@@ -39,8 +39,8 @@ def be_shard(task: dict[str, Any]) -> None:
     store = ShardStore(f"shard {number}", variables, row_update(update, {name: 2}) if sparse else update)
     del variables
     server = ShardServer(store, Async())
-    listener = PlainListener(task["addresses"][number])
-    threading.Thread(target=server.serve, args=(listener,), daemon=True).start()
+    listener = handshake.listen(task["addresses"][number])
+    threading.Thread(target=server.serve, args=(listener, bytes.fromhex(task["token"])), daemon=True).start()
     print(json.dumps({"ready": True}), flush=True)
     sys.stdin.read()
 
@@ -54,7 +54,9 @@ def sgd(held: dict[str, torch.Tensor], gradients: dict[str, torch.Tensor]) -> di
 
 def be_worker(task: dict[str, Any]) -> None:
     """Take null steps when told to."""
-    shards = ShardClients([ShardClient(a, f"w{task['number']}") for a in task["addresses"]])
+    shards = ShardClients(
+        [ShardClient(a, f"w{task['number']}", bytes.fromhex(task["token"])) for a in task["addresses"]]
+    )
     step = row_step(shards, task) if task["case"] == "rows" else dense_step(shards)
 
     def run(steps: int) -> None:
@@ -118,6 +120,7 @@ def main() -> None:
         return made
 
     with tempfile.TemporaryDirectory(prefix="millrace-bench-") as directory:
+        task["token"] = handshake.new_token().hex()
         task["addresses"] = [f"unix:{Path(directory) / str(number)}" for number in range(task["shards"])]
         try:
             start_s = time.perf_counter()

@@ -13,10 +13,23 @@ from torch import Tensor
 from millrace.graph.graph import Graph
 from millrace.graph.passes.row_update import row_update
 from millrace.graph.trace import trace
-from millrace.replicas.plain_sockets import PlainListener
 from millrace.replicas.server import ShardServer
+from millrace.replicas.server_client import ShardClient
 from millrace.replicas.shard_events import Async, Policy
 from millrace.replicas.shard_store import ShardStore
+from millrace.runtime import handshake
+
+TOKEN = bytes(range(32))
+
+
+def connected(address: str, worker: str, timeout_s: float = 10.0) -> ShardClient:
+    """A worker's end."""
+    return ShardClient(address, worker, TOKEN, timeout_s=timeout_s)
+
+
+def attach_copy(shard: ShardServer, address: str, wait_s: float = 20.0) -> None:
+    """Let a shard have its copy at an address."""
+    shard.attach_copy(handshake.dial(address, TOKEN, {"shard": "shard"}, 10.0), wait_s)
 
 
 def adding(variables: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> Graph:
@@ -52,8 +65,8 @@ def counting_server(
 @contextlib.contextmanager
 def served(server: ShardServer, address: str) -> Iterator[str]:
     """Serve in a thread. Yields: the address."""
-    listener = PlainListener(address)
-    thread = threading.Thread(target=server.serve, args=(listener,), daemon=True)
+    listener = handshake.listen(address)
+    thread = threading.Thread(target=server.serve, args=(listener, TOKEN), daemon=True)
     thread.start()
     try:
         yield listener.address

@@ -11,10 +11,10 @@ import sys
 import threading
 
 import torch
-from tests.replicas.counting import counting_server
+from tests.replicas.counting import TOKEN, attach_copy, counting_server
 
-from millrace.replicas.plain_sockets import PlainListener, dial
 from millrace.replicas.shard_events import Async, Sync
+from millrace.runtime import handshake
 
 
 def main() -> None:
@@ -23,13 +23,13 @@ def main() -> None:
     policy = Sync(task["needed"]) if task["needed"] else Async()
     workers = tuple(task["workers"])
     server = counting_server(task["who"], {"a": task["size"]}, policy, workers, is_copy=task["copy"])
-    listener = PlainListener(task["address"])
-    threading.Thread(target=server.serve, args=(listener,), daemon=True).start()
+    listener = handshake.listen(task["address"])
+    threading.Thread(target=server.serve, args=(listener, TOKEN), daemon=True).start()
     print("ok", flush=True)
     for line in sys.stdin:
         said = json.loads(line)
         if "attach" in said:
-            server.attach_copy(dial(said["attach"]))
+            attach_copy(server, said["attach"])
         else:
             server.promote()
         print("ok", flush=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.replicas.counting import address_in, counting_server, served
+from tests.replicas.counting import address_in, attach_copy, connected, counting_server, served
 from torch import nn
 
 from millrace.errors import FeedError, FetchError, WorkerError
@@ -18,9 +18,8 @@ from millrace.graph.passes.halves import halves
 from millrace.graph.passes.row_update import row_update
 from millrace.graph.signature import Role
 from millrace.graph.training import training_graph
-from millrace.replicas.plain_sockets import dial
 from millrace.replicas.server import ShardServer
-from millrace.replicas.server_client import Receipt, ShardClient
+from millrace.replicas.server_client import Receipt
 from millrace.replicas.shard_clients import ShardClients
 from millrace.replicas.shard_events import Async, Sync
 from millrace.replicas.shard_store import Rows, ShardStore
@@ -33,7 +32,7 @@ both = pytest.mark.parametrize("kind", KINDS)
 def test_what_is_pushed_is_added_once_and_fetched(kind: str, tmp_path: Path) -> None:
     with (
         served(counting_server("shard 0", {"a": 7, "b": 3}), address_in(tmp_path, kind)) as address,
-        ShardClient(address, "w0", timeout_s=10) as client,
+        connected(address, "w0") as client,
     ):
         ones = {"a": torch.ones(7), "b": torch.full((3,), 2.0)}
         assert client.push(ones, 1, 0, 0) == Receipt(True, 1, 0)
@@ -49,7 +48,7 @@ def test_what_is_pushed_is_added_once_and_fetched(kind: str, tmp_path: Path) -> 
 def test_sync_takes_the_mean_by_examples_and_drops_the_late_one(kind: str, tmp_path: Path) -> None:
     server = counting_server("shard 0", {"a": 4}, Sync(2), ("w0", "w1", "w2"))
     with served(server, address_in(tmp_path, kind)) as address:
-        clients = [ShardClient(address, f"w{i}", timeout_s=10) for i in range(3)]
+        clients = [connected(address, f"w{i}") for i in range(3)]
         clients[1].push({"a": torch.full((4,), 4.0)}, 1, 0, 0, slice=1, examples=1)
         clients[0].push({"a": torch.full((4,), 8.0)}, 1, 0, 0, slice=0, examples=3)
         late = clients[2].push({"a": torch.ones(4)}, 1, 0, 0, slice=2)
@@ -65,7 +64,7 @@ def test_sync_takes_the_mean_by_examples_and_drops_the_late_one(kind: str, tmp_p
 
 def test_a_fetch_waits_for_the_step_before(tmp_path: Path) -> None:
     with served(counting_server("shard 0", {"a": 4}, Sync(2)), address_in(tmp_path, "unix")) as address:
-        one, other = (ShardClient(address, f"w{i}", timeout_s=10) for i in range(2))
+        one, other = (connected(address, f"w{i}") for i in range(2))
         one.push({"a": torch.ones(4)}, 1, 0, 0, slice=0)
         into = {"a": torch.empty(4)}
         one.start_fetch(into, step=1)
@@ -79,7 +78,7 @@ def test_a_fetch_waits_for_the_step_before(tmp_path: Path) -> None:
 def test_a_wait_ends_and_names_whom_it_was_for(tmp_path: Path) -> None:
     with (
         served(counting_server("shard 7", {"a": 4}, Sync(2)), address_in(tmp_path, "unix")) as address,
-        ShardClient(address, "w0", timeout_s=0.2) as client,
+        connected(address, "w0", timeout_s=0.2) as client,
     ):
         client.push({"a": torch.ones(4)}, 1, 0, 0, slice=3)
         says = r"shard 7 let w0 wait 0.2 s for the variables of step 1.*2 slices are needed, those here: 3"
@@ -95,7 +94,7 @@ def test_nobody_reads_half_an_update(kind: str, tmp_path: Path) -> None:
         stop = threading.Event()
 
         def write(name: str) -> None:
-            with ShardClient(address, name, timeout_s=10) as client:
+            with connected(address, name) as client:
                 ones, sequence = {"a": torch.ones(size), "b": torch.ones(size)}, 0
                 while not stop.is_set():
                     sequence += 1
@@ -106,7 +105,7 @@ def test_nobody_reads_half_an_update(kind: str, tmp_path: Path) -> None:
             writer.start()
         into = {"a": torch.empty(size), "b": torch.empty(size)}
         versions = []
-        with ShardClient(address, "reader", timeout_s=10) as client:
+        with connected(address, "reader") as client:
             until_s = time.monotonic() + 1.5
             while time.monotonic() < until_s:
                 versions.append(client.fetch(into))
@@ -130,7 +129,7 @@ def test_rows_of_a_table_are_updated_as_the_optimizer_does(kind: str, tmp_path: 
     expected = nn.Parameter(table.weight.detach().clone())
     dense = torch.optim.Adagrad([expected], lr=0.1)
     rows = torch.tensor([4, 9, 4, 30])
-    with served(server, address_in(tmp_path, kind)) as address, ShardClient(address, "w0", timeout_s=10) as client:
+    with served(server, address_in(tmp_path, kind)) as address, connected(address, "w0") as client:
         assert list(client.tables) == [name]
         for step in range(3):
             values = torch.randn(4, 3, dtype=torch.float64)
@@ -143,7 +142,7 @@ def test_rows_of_a_table_are_updated_as_the_optimizer_does(kind: str, tmp_path: 
 def test_rows_of_several_workers_are_averaged_with_what_is_dense(tmp_path: Path) -> None:
     server = counting_server("shard 0", {"a": 2}, Sync(2), tables={"t": (5, 2)})
     with served(server, address_in(tmp_path, "unix")) as address:
-        one, other = (ShardClient(address, f"w{i}", timeout_s=10) for i in range(2))
+        one, other = (connected(address, f"w{i}") for i in range(2))
         ones = Rows(torch.tensor([1, 3]), torch.ones(2, 2))
         one.push({"a": torch.ones(2)}, 1, 0, 0, slice=0, rows={"t": ones})
         other.push({"a": torch.ones(2)}, 1, 0, 0, slice=1, rows={"t": Rows(torch.tensor([3]), torch.ones(1, 2))})
@@ -160,7 +159,7 @@ def test_what_does_not_fit_is_refused_and_the_connection_goes_on(kind: str, tmp_
     server = counting_server("shard 0", {"a": 4}, tables={"t": (5, 2)})
     with (
         served(server, address_in(tmp_path, kind)) as address,
-        ShardClient(address, "w0", timeout_s=10) as client,
+        connected(address, "w0") as client,
     ):
         with pytest.raises(FeedError, match="5 rows, asked for 2 to 5"):
             client.fetch_rows("t", torch.tensor([2, 5]))
@@ -185,9 +184,9 @@ def test_a_copy_has_what_the_shard_has(kind: str, copy_kind: str, tmp_path: Path
         served(shard, address_in(tmp_path, kind)) as address,
         served(copy, address_in(tmp_path, copy_kind, "copy")) as copy_address,
     ):
-        clients = [ShardClient(address, f"w{i}", timeout_s=10) for i in range(2)]
+        clients = [connected(address, f"w{i}") for i in range(2)]
         clients[0].push({"a": torch.ones(5)}, 1, 0, 0, slice=0)  # staged, before there is a copy
-        shard.attach_copy(dial(copy_address))
+        attach_copy(shard, copy_address)
         clients[1].push({"a": torch.ones(5)}, 1, 0, 0, slice=1)
         for step in (1, 2):
             for number, client in enumerate(clients):
@@ -216,7 +215,7 @@ def test_a_copy_of_other_variables_is_refused(tmp_path: Path) -> None:
     with served(copy, address_in(tmp_path, "unix")) as address:
         shard = counting_server("shard 0", {"a": 5})
         with pytest.raises(WorkerError, match="did not say within"):
-            shard.attach_copy(dial(address), wait_s=0.5)
+            attach_copy(shard, address, wait_s=0.5)
         with pytest.raises(WorkerError, match="before its copy had everything"):
             copy.promote()
         shard.close()
@@ -229,7 +228,7 @@ def test_many_shards_at_once(tmp_path: Path) -> None:
         served(servers[0], address_in(tmp_path, "unix", "0")) as first,
         served(servers[1], address_in(tmp_path, "unix", "1")) as second,
     ):
-        shards = ShardClients([ShardClient(a, "w0", timeout_s=10) for a in (first, second)])
+        shards = ShardClients([connected(a, "w0") for a in (first, second)])
         into = {name: torch.empty(3) for name in names}
         versions = shards.fetch(into)
         receipts = shards.push({"a": torch.ones(3), "b": torch.full((3,), 2.0)}, 1, 0, versions)
@@ -254,7 +253,7 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     def once() -> None:
         with (
             served(counting_server("shard 0", {"a": 1000}), address_in(tmp_path, "unix")) as address,
-            ShardClient(address, "w0", timeout_s=10) as client,
+            connected(address, "w0") as client,
         ):
             client.push({"a": torch.ones(1000)}, 1, 0, 0)
         for thread in threading.enumerate():

@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.replicas.counting import connected
 
 from millrace.errors import WorkerError
-from millrace.replicas.server_client import ShardClient
 from millrace.replicas.shard_clients import ShardClients
 
 SIZE = 50_000
@@ -56,7 +56,7 @@ class Load(threading.Thread):
     def __init__(self, number: int, addresses: list[str], moved: threading.Event, to: str, *, sync: bool) -> None:
         super().__init__(daemon=True)
         self.number, self.moved, self.to, self.sync = number, moved, to, sync
-        self.shards = ShardClients([ShardClient(a, f"w{number}", timeout_s=20) for a in addresses])
+        self.shards = ShardClients([connected(a, f"w{number}", timeout_s=20) for a in addresses])
         self.last_step = 10**9
         self.pushes = 0
         self.moved_at_s = 0.0
@@ -114,8 +114,8 @@ def start(made: list[Process], directory: Path, needed: int) -> tuple[Process, P
 def content(process: Process) -> float:
     """The number that every element is."""
     into = {"a": torch.empty(SIZE)}
-    with ShardClient(process.address, "reader", timeout_s=10) as client:
-        client.fetch(into)
+    with connected(process.address, "reader") as reader:
+        reader.fetch(into)
     assert float(into["a"].min()) == float(into["a"].max())
     return float(into["a"][0])
 
@@ -206,8 +206,8 @@ def test_a_worker_killed_while_it_pushes_harms_nobody(processes: list[Process], 
     process.wait()
     code = (
         "import sys, torch\n"
-        "from millrace.replicas.server_client import ShardClient\n"
-        "client, n = ShardClient(sys.argv[1], 'w0'), 0\n"
+        "from tests.replicas.counting import connected\n"
+        "client, n = connected(sys.argv[1], 'w0'), 0\n"
         "while True:\n"
         f"    n += 1; client.push({{'a': torch.ones({SIZE})}}, n, 0, 0); print(n, flush=True)\n"
     )

@@ -79,6 +79,8 @@ def decode(content: bytearray, tables: Mapping[str, TensorSpec]) -> Push:
         heads = [_TABLE.unpack_from(content, _HEAD.size + i * _TABLE.size) for i in range(count)]
         at, rows, names = _HEAD.size + count * _TABLE.size, {}, list(tables)
         for number, length in heads:
+            if number < 0 or length < 0:
+                raise ValueError(f"table {number} with {length} rows")
             spec = tables[names[number]]
             found, at = _tensor(content, at, (length,), torch.int64)
             values, at = _tensor(content, at, (length, *spec.shape[1:]), spec.dtype)

@@ -1,10 +1,10 @@
 """The shell of a parameter server's shard: connections of workers, of the shard's copy, of the shard it is a copy of.
 
-    listener = PlainListener("unix:/run/dir/shard-0")
     server = ShardServer(ShardStore("shard 0", variables, update), Sync(4), workers)
-    server.serve(listener)        # until close(), from any thread
+    server.serve(handshake.listen("unix:/run/dir/shard-0"), token)        # until close(), from any thread
 
-One thread serves a connection, and is the only one that writes to it.
+One thread serves a connection, and is the only one that writes to it. Who dials says who it is: {"worker": NAME}, or
+{"shard": NAME} to a process that is to hold that shard's copy.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from millrace.errors import MillraceError, WorkerError
 from millrace.graph.signature import TensorSpec
-from millrace.replicas.plain_sockets import Listener
 from millrace.replicas.push_frame import Push, Told, decode, encode_told
 from millrace.replicas.regions import TensorRegion, check_region, layout, to_json
 from millrace.replicas.server_copy import CopyIn, CopyOut
@@ -27,9 +27,10 @@ from millrace.replicas.shard import Lying, Shard
 from millrace.replicas.shard_events import Ack, Configured, Policy, Pushed
 from millrace.replicas.shard_state import ShardState
 from millrace.replicas.shard_store import ShardStore, Staged, check_rows
+from millrace.runtime.handshake import Listener
 from millrace.runtime.messages import Message
 
-_HELLO_S = 10.0  # for the first message of a connection
+_LOOK_S = 0.2  # between two looks whether to end
 
 
 class ShardServer:
@@ -56,7 +57,6 @@ class ShardServer:
         self.shard = Shard(store, ShardState(policy, workers, version=version, is_copy=is_copy))
         self._patience_s = patience_s
         self._lock = threading.Lock()
-        self._listeners: list[Listener] = []
         self._links: set[Link] = set()
         self._copy_out: CopyOut | None = None
         self._copy_in: CopyIn | None = None
@@ -64,30 +64,27 @@ class ShardServer:
 
     # -- what the driver wants ------------------------------------------------------------------------------------
 
-    def serve(self, listener: Listener) -> None:
-        """Take connections until `close`."""
-        with self._lock:
-            self._listeners.append(listener)
-        while not self._closed:
-            try:
-                connection = listener.accept()
-            except OSError:
-                break
-            threading.Thread(target=self.attend, args=(connection,), name="shard", daemon=True).start()
+    def serve(self, listener: Listener, token: bytes) -> None:
+        """Take connections until `close`; the listener is closed then."""
+        with contextlib.closing(listener):
+            while not self._closed:
+                with contextlib.suppress(WorkerError):  # nobody came meanwhile
+                    connection, hello = listener.accept(token, _LOOK_S)
+                    threading.Thread(target=self.attend, args=(connection, hello), name="shard", daemon=True).start()
 
-    def attend(self, connection: socket.socket) -> None:
-        """Serve one connection until it ends."""
-        link = Link(connection, "a process that connected")
+    def attend(self, connection: socket.socket, hello: Mapping[str, Any]) -> None:
+        """Serve one connection until it ends. hello: what the other side said of itself."""
+        shard = "shard" in hello
+        link = Link(connection, hello["shard"] if shard else str(hello.get("worker", "somebody")))
         with self._lock:
             self._links.add(link)
         try:
-            hello = link.receive(_HELLO_S)
-            if hello.kind == "shard":
-                link.who = f"the shard that {self.shard.store.who} is the copy of"
+            if self._closed:
+                return
+            if shard:
                 self._copy_in = CopyIn(self.shard, link, self._patience_s)
                 self._copy_in.run()
-            elif hello.kind == "worker":
-                link.who = hello.fields["worker"]
+            else:
                 _WorkerConnection(self.shard, link, self._patience_s).run()
         except MillraceError as error:
             with contextlib.suppress(MillraceError):
@@ -104,6 +101,8 @@ class ShardServer:
     def attach_copy(self, connection: socket.socket, wait_s: float = 60.0) -> None:
         """Make the process at the other end the holder of the copy. Returns when it has everything.
 
+        Args: connection: dialed with the hello {"shard": …}.
+
         Raises: WorkerError when it does not say so in time.
         """
         if self._copy_out is not None:
@@ -111,7 +110,6 @@ class ShardServer:
         link = Link(connection, f"the process with the copy of {self.shard.store.who}")
         with self._lock:
             self._links.add(link)
-        link.send("shard", self._patience_s)
         self._copy_out = CopyOut(self.shard, link, self._patience_s)
         self._copy_out.start()
         if not self._copy_out.ready.wait(wait_s):
@@ -135,9 +133,7 @@ class ShardServer:
         """End all connections. The variables' memory goes with the last process that has it mapped."""
         self._closed = True
         with self._lock:
-            listeners, links = list(self._listeners), list(self._links)
-        for listener in listeners:
-            listener.close()
+            links = list(self._links)
         for link in links:
             link.end()
 

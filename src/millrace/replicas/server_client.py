@@ -18,15 +18,14 @@ from torch import Tensor
 from millrace import errors
 from millrace.errors import FeedError, FetchError, WorkerError, did_you_mean
 from millrace.graph.signature import TensorSpec
-from millrace.replicas.plain_sockets import dial
 from millrace.replicas.push_frame import Push, decode_told, encode
 from millrace.replicas.regions import TensorRegion, check_region, from_json
 from millrace.replicas.server_link import Link
 from millrace.replicas.shard_state import NO_LIMIT
 from millrace.replicas.shard_store import Rows, check_rows
+from millrace.runtime.handshake import dial
 from millrace.runtime.messages import Message
 
-Dial = Callable[[str, float], Any]  # (address, seconds) -> a connected socket
 _GRACE_S = 2.0  # the shard notices first that time is up, and can say what it waited for
 _TRIES = 3  # to read variables in place while others push
 
@@ -61,17 +60,17 @@ class ShardClient:
         address: of the shard.
         worker: names this process; never used by another one, also not by its replacement.
         timeout_s: seconds that the shard may take for an answer.
-        dial: makes a connection.
+        token: of the run.
 
     Attributes: variables, gradients, tables: what the shard holds and takes, by name.
 
     Raises: WorkerError when it is not there.
     """
 
-    def __init__(self, address: str, worker: str, *, timeout_s: float = 60.0, dial: Dial = dial) -> None:
+    def __init__(self, address: str, worker: str, token: bytes, *, timeout_s: float = 60.0) -> None:
         self.worker = worker
         self.timeout_s = timeout_s
-        self._dial = dial
+        self._token = token
         self._boxes: dict[int, TensorRegion] = {}  # slice -> memory for its gradients
         self._open: _Open | None = None
         self._link: Link | None = None
@@ -257,8 +256,8 @@ class ShardClient:
         return self._link
 
     def _connect(self, address: str) -> None:
-        link = Link(self._dial(address, self.timeout_s), f"the shard at {address}")
-        link.send("worker", self.timeout_s, {"worker": self.worker})
+        hello = {"worker": self.worker}
+        link = Link(dial(address, self._token, hello, self.timeout_s), f"the shard at {address}")
         said = link.receive(self.timeout_s)
         if said.kind != "welcome":
             link.close()
@@ -302,9 +301,17 @@ class ShardClient:
                 self._live.send(question.kind, self.timeout_s, fields, **question.tensors)
             if question.dense and not self._live.shared:
                 self._live.send_tensors(question.dense.values(), self.timeout_s)
-        except WorkerError:
-            self.close()
-            raise
+        except WorkerError as error:
+            raise self._lost() from error
+
+    def _lost(self) -> WorkerError:
+        """The connection is of no use any more."""
+        self.close()
+        assert self._open is not None
+        return WorkerError(
+            f"{self.shard} ended, or said nothing for {self.timeout_s:.3g} s, while {self.worker} waited for its "
+            f"{self._open.kind}. Where it has a copy, move to that one's address; else restore the last checkpoint."
+        )
 
     def _waiting(self, kind: str) -> _Open:
         if self._open is None or self._open.kind != kind:
@@ -323,9 +330,7 @@ class ShardClient:
         try:
             message = self._live.receive_any(self.timeout_s + _GRACE_S)
         except WorkerError as error:
-            self.close()
-            assert self._open is not None
-            raise WorkerError(f"{self.worker} waited for its {self._open.kind}: {error}") from error
+            raise self._lost() from error
         if isinstance(message, Message) and message.kind == "error":
             self._open = None
             raise getattr(errors, message.fields["type"], WorkerError)(message.fields["text"])
@@ -334,9 +339,8 @@ class ShardClient:
     def _receive(self, tensors: Iterable[Tensor]) -> None:
         try:
             self._live.receive_tensors(tensors, self.timeout_s)
-        except WorkerError:
-            self.close()
-            raise
+        except WorkerError as error:
+            raise self._lost() from error
 
     def _without_asking(self, step: int, read: Callable[[], None]) -> int | None:
         """Read what is shared, where the shard lets everybody. Returns: the version; None if it has to be asked."""
