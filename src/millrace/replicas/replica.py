@@ -18,7 +18,7 @@ from millrace.graph.random import slice_random
 from millrace.graph.signature import Role, TensorSpec
 from millrace.runtime.session import Session
 
-_NEW = "new/"  # begins the fetch of a variable's value after the forward pass
+NEW = "new/"  # begins the fetch of a variable's value after the forward pass
 
 
 @dataclass(frozen=True)
@@ -48,80 +48,30 @@ class Computed:
     others: Mapping[str, Tensor]
 
 
-class Replica:
-    """Variables and programs of one worker.
+class Gradients:
+    """Variables, and programs that make gradients of slices with them.
 
     Args:
-        update: the half of the step that applies gradients.
-        variables: all of the step's, by name; they are changed in place.
+        exchanged: names of what the update reads.
+        variables: all that the programs read, by name.
     """
 
-    def __init__(self, update: Graph, variables: Mapping[str, Tensor], *, compile: str, say: Say) -> None:
+    def __init__(self, exchanged: Sequence[str], variables: Mapping[str, Tensor], *, compile: str, say: Say) -> None:
         self.variables = dict(variables)
         self._compile, self._say = compile, say
-        self._update = self._session(update)
-        self._random = next((v.name for v in update.variables if v.role is Role.RANDOM), "")
-        self._exchanged = [feed.name for feed in update.feeds]
+        self._random = ""
+        self._exchanged = tuple(exchanged)
         self._programs: dict[int, Session] = {}
 
     def load(self, key: int, gradients: Graph) -> None:
-        """Make the other half, for slices of one shape, ready under the number `key`."""
-        news = {_NEW + variable: node for variable, node in gradients.updates.items()}
+        """Make the gradients' half of the step, for slices of one shape, ready under the number `key`."""
+        news = {NEW + variable: node for variable, node in gradients.updates.items()}
         self._random = next((v.name for v in gradients.variables if v.role is Role.RANDOM), self._random)
         self._programs[key] = self._session(gradients.with_(fetches={**gradients.fetches, **news}, updates={}))
 
-    def _session(self, graph: Graph) -> Session:
-        own = {variable.name: self.variables[variable.name] for variable in graph.variables}
-        return Session(graph, own, compile=self._compile, say=self._say)
-
-    @property
-    def tier(self) -> str:
-        """ "inductor" when all that ran last was compiled."""
-        tiers = {session.last_tier for session in [self._update, *self._programs.values()]}
-        return "inductor" if tiers == {"inductor"} else "eager"
-
-    def close(self) -> None:
-        """End what compiles in the background."""
-        for session in [self._update, *self._programs.values()]:
-            session.close()
-
-    def compute(self, slices: Sequence[Slice]) -> Computed:
-        """Forward and backward for some slices of a batch.
-
-        Raises: WorkerError for a program that was not loaded; what the step itself raises.
-        """
-        fetches: list[Mapping[str, Tensor]] = []
-        means: dict[str, Tensor] = {}
-        others: dict[str, Tensor] = {}
-        for one in slices:
-            values = self._values(one.number, one.key, one.batches[0]) if one.weight else self._nothing(one.key)
-            for name in [n for n in values if n in self._exchanged or n.startswith(_NEW)]:
-                value = values[name]
-                if not value.is_floating_point():
-                    others.setdefault(name, value)
-                elif name in means:
-                    means[name].add_(value, alpha=one.weight)
-                else:
-                    means[name] = value.mul(one.weight).contiguous()  # it may be a view of another one
-            fetches.append({n: v for n, v in values.items() if n not in self._exchanged and not n.startswith(_NEW)})
-        return Computed(tuple(fetches), means, others)
-
-    def _nothing(self, key: int) -> dict[str, Tensor]:
-        """What a slice without examples adds to the means."""
-        graph = self._program(key).graph
-        specs = {name: TensorSpec.of(graph.node(node).meta["val"]) for name, node in graph.fetches.items()}
-        return {
-            name: torch.zeros(spec.shape, dtype=spec.dtype)
-            for name, spec in specs.items()
-            if (name in self._exchanged or name.startswith(_NEW)) and spec.dtype.is_floating_point
-        }
-
-    def _program(self, key: int) -> Session:
-        if key not in self._programs:
-            raise WorkerError(f"program {key} was not given to this worker before a slice of a batch that needs it.")
-        return self._programs[key]
-
-    def _values(self, number: int, key: int, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def values(self, number: int, key: int, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What slice `number` of a batch gives: fetches, exchanged values and, behind `NEW`, what the forward pass
+        makes of variables, none of which is changed."""
         session = self._program(key)
         names = list(session.graph.fetches)
         random = self.variables.get(self._random)
@@ -133,11 +83,80 @@ class Replica:
             values = dict(zip(names, session.run(names, dict(feeds) or None), strict=True))
         finally:
             random.copy_(base)
-        if (
-            drawn := values.get(_NEW + self._random)
-        ) is not None:  # of the slice's own stream: only the count is shared
-            values[_NEW + self._random] = torch.stack([base[0], drawn[1]])
+        drawn = values.get(NEW + self._random)
+        if drawn is not None:  # of the slice's own stream: only the count is shared
+            values[NEW + self._random] = torch.stack([base[0], drawn[1]])
         return values
+
+    @property
+    def tier(self) -> str:
+        """ "inductor" when all that ran last was compiled."""
+        return "inductor" if {session.last_tier for session in self._sessions()} == {"inductor"} else "eager"
+
+    def close(self) -> None:
+        """End what compiles in the background."""
+        for session in self._sessions():
+            session.close()
+
+    def _sessions(self) -> list[Session]:
+        return list(self._programs.values())
+
+    def _session(self, graph: Graph) -> Session:
+        own = {variable.name: self.variables[variable.name] for variable in graph.variables}
+        return Session(graph, own, compile=self._compile, say=self._say)
+
+    def _program(self, key: int) -> Session:
+        if key not in self._programs:
+            raise WorkerError(f"program {key} was not given to this worker before a slice of a batch that needs it.")
+        return self._programs[key]
+
+
+class Replica(Gradients):
+    """Variables and programs of one worker, the update among them.
+
+    Args:
+        update: the half of the step that applies gradients.
+        variables: all of the step's, by name; they are changed in place.
+    """
+
+    def __init__(self, update: Graph, variables: Mapping[str, Tensor], *, compile: str, say: Say) -> None:
+        super().__init__([feed.name for feed in update.feeds], variables, compile=compile, say=say)
+        self._update = self._session(update)
+        self._random = next((v.name for v in update.variables if v.role is Role.RANDOM), "")
+
+    def _sessions(self) -> list[Session]:
+        return [self._update, *self._programs.values()]
+
+    def compute(self, slices: Sequence[Slice]) -> Computed:
+        """Forward and backward for some slices of a batch.
+
+        Raises: WorkerError for a program that was not loaded; what the step itself raises.
+        """
+        fetches: list[Mapping[str, Tensor]] = []
+        means: dict[str, Tensor] = {}
+        others: dict[str, Tensor] = {}
+        for one in slices:
+            values = self.values(one.number, one.key, one.batches[0]) if one.weight else self._nothing(one.key)
+            for name in [n for n in values if n in self._exchanged or n.startswith(NEW)]:
+                value = values[name]
+                if not value.is_floating_point():
+                    others.setdefault(name, value)
+                elif name in means:
+                    means[name].add_(value, alpha=one.weight)
+                else:
+                    means[name] = value.mul(one.weight).contiguous()  # it may be a view of another one
+            fetches.append({n: v for n, v in values.items() if n not in self._exchanged and not n.startswith(NEW)})
+        return Computed(tuple(fetches), means, others)
+
+    def _nothing(self, key: int) -> dict[str, Tensor]:
+        """What a slice without examples adds to the means."""
+        graph = self._program(key).graph
+        specs = {name: TensorSpec.of(graph.node(node).meta["val"]) for name, node in graph.fetches.items()}
+        return {
+            name: torch.zeros(spec.shape, dtype=spec.dtype)
+            for name, spec in specs.items()
+            if (name in self._exchanged or name.startswith(NEW)) and spec.dtype.is_floating_point
+        }
 
     def commit(self, means: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Apply the step. Args: means: of the whole batch, by the names in `Computed.means`; others: as computed.
@@ -148,6 +167,6 @@ class Replica:
         names = [TRAIN, *self._update.graph.fetches]
         made = self._update.run(names, {name: values[name] for name in self._exchanged} or None)
         for name, value in values.items():
-            if name.startswith(_NEW):
-                self.variables[name.removeprefix(_NEW)].copy_(value)
+            if name.startswith(NEW):
+                self.variables[name.removeprefix(NEW)].copy_(value)
         return dict(zip(names[1:], made[1:], strict=True))

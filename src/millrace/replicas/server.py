@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -98,10 +98,13 @@ class ShardServer:
         """How replicas agree from here on, and which workers live; a lost one is no longer waited for."""
         self.shard.tell(Configured(policy, workers))
 
-    def attach_copy(self, connection: socket.socket, wait_s: float = 60.0) -> None:
+    def attach_copy(
+        self, connection: socket.socket, wait_s: float = 60.0, on_lost: Callable[[str], None] = lambda _: None
+    ) -> None:
         """Make the process at the other end the holder of the copy. Returns when it has everything.
 
-        Args: connection: dialed with the hello {"shard": …}.
+        Args: connection: dialed with the hello {"shard": …}. on_lost: is told why it does not follow any more, before
+            anything is acknowledged without it.
 
         Raises: WorkerError when it does not say so in time.
         """
@@ -110,10 +113,11 @@ class ShardServer:
         link = Link(connection, f"the process with the copy of {self.shard.store.who}")
         with self._lock:
             self._links.add(link)
-        self._copy_out = CopyOut(self.shard, link, self._patience_s)
-        self._copy_out.start()
-        if not self._copy_out.ready.wait(wait_s):
-            self._copy_out.close()
+        self._copy_out = copy = CopyOut(self.shard, link, self._patience_s, on_lost)
+        copy.start()
+        copy.decided.wait(wait_s)
+        if not copy.ready.is_set():
+            copy.close()
             raise WorkerError(f"{link.who} did not say within {wait_s:.3g} s that it has everything.")
 
     def promote(self) -> None:
@@ -121,6 +125,22 @@ class ShardServer:
         if self._copy_in is None:
             raise WorkerError(f"{self.shard.store.who}: nothing was sent to this copy: restore the last checkpoint.")
         self._copy_in.promote()
+
+    def read(self) -> dict[str, Tensor]:
+        """Copies of all variables, of one version."""
+        with self.shard.still():
+            return {name: tensor.clone() for name, tensor in self.shard.store.region.tensors.items()}
+
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        """Give variables new values, here and in the copy, while no worker reads or pushes.
+
+        Raises: FetchError for one that is not here.
+        """
+        with self.shard.still():
+            for name, value in values.items():
+                self.shard.store.tensor(name).copy_(value)
+            if self.shard.state.has_copy:
+                self.shard.tell(CopyGained())
 
     def report(self) -> dict[str, Any]:
         """Version, how many pushes were dropped, whether there is a copy that has everything."""
@@ -226,7 +246,7 @@ class _WorkerConnection:
         if isinstance(answer, Ack):
             self._link.send_frame(encode_told(Told(answer.sequence, answer.version, answer.tau)), self._patience_s)
         else:
-            self._say("dropped", {"why": answer.why})
+            self._say("dropped", {"why": answer.why, "version": answer.version})
 
     def _region(self, slice: int) -> TensorRegion:
         if slice not in self._mailboxes:

@@ -32,10 +32,13 @@ _TRIES = 3  # to read variables in place while others push
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a shard said of a push. tau: updates between its fetch and its turn. why: it was dropped, if it was."""
+    """What a shard said of a push.
+
+    version: of its variables afterwards. tau: updates between its fetch and its turn. why: it was dropped, if it was.
+    """
 
     applied: bool
-    version: int | None
+    version: int
     tau: int | None
     why: str = ""
 
@@ -201,7 +204,7 @@ class ShardClient:
         said = self._answer()
         self._open = None
         if isinstance(said, Message):
-            return Receipt(False, None, None, said.fields["why"])
+            return Receipt(False, said.fields["version"], None, said.fields["why"])
         told = decode_told(said)
         return Receipt(True, told.version, told.tau)
 
@@ -220,6 +223,11 @@ class ShardClient:
         values: Tensor = self._said().tensors["values"] if asked.found is None else asked.found
         self._open = None
         return values
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection. After an error without one the shard has ended, or is stuck."""
+        return self._link is not None
 
     # -- where the shard is ---------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -50,15 +50,19 @@ def rows_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Rows]:
 class CopyOut:
     """At the shard. Sends what the copy is to have, and hears what it has.
 
-    patience_s: how long the copy may take nothing before it counts as lost.
+    patience_s: how long the copy may take nothing before it counts as lost. on_lost: is told why the copy is lost,
+    before anything is acknowledged without it.
     """
 
-    def __init__(self, shard: Shard, link: Link, patience_s: float) -> None:
+    def __init__(self, shard: Shard, link: Link, patience_s: float, on_lost: Callable[[str], None]) -> None:
         self._shard = shard
         self._link = link
         self._patience_s = patience_s
+        self._on_lost = on_lost
         self._given: list[TensorRegion] = []  # regions that the copy has too; the place in the list is their number
+        self._acked = -1  # how much of the log it says it has
         self.ready = threading.Event()  # the copy has everything
+        self.decided = threading.Event()  # it is ready, or was lost before
         self._thread = threading.Thread(target=self._listen, name="copy", daemon=True)
 
     def start(self) -> None:
@@ -77,17 +81,33 @@ class CopyOut:
     def _listen(self) -> None:
         try:
             while True:
-                message = self._link.receive()
+                message = self._receive()
                 if message.kind == "error":
                     raise WorkerError(message.fields["text"])
-                self._shard.tell(CopyAcked(message.fields["index"]))
+                self._acked = message.fields["index"]
+                self._shard.tell(CopyAcked(self._acked))
                 self.ready.set()
-        except MillraceError:
+                self.decided.set()
+        except MillraceError as error:
             self.ready.clear()
+            self.decided.set()
             self._link.close()
             with self._shard.still(), contextlib.suppress(MillraceError):
                 if self._shard.to_peer == self._send:
+                    self._on_lost(str(error))
                     self._shard.tell(CopyLost())
+
+    def _receive(self) -> Message:
+        """What the copy says next. Raises: WorkerError when it has ended, or does not take what was sent long ago."""
+        sent = self._shard.state.index
+        while not self._link.readable(self._patience_s):
+            if self._acked < sent:
+                raise WorkerError(
+                    f"{self._link.who} did not say within {self._patience_s:.3g} s that it has entry {sent}: it is "
+                    "stuck. Another process is to hold the copy."
+                )
+            sent = self._shard.state.index
+        return self._link.receive()
 
     def _send(self, command: Forward | SendState | AckCopy) -> None:
         try:

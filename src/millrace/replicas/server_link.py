@@ -7,6 +7,7 @@ same tensors follow as bytes.
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import struct
 import time
@@ -66,6 +67,13 @@ class Link:
         except StopIteration as end:
             message: Message = end.value
             return message
+
+    def readable(self, timeout_s: float) -> bool:
+        """Whether something comes within so long; the end of the connection is something."""
+        try:
+            return bool(select.select([self.connection], [], [], timeout_s)[0])
+        except (OSError, ValueError):  # it was closed here
+            return True
 
     def send_region(self, descriptor: int, timeout_s: float) -> None:
         """Hand over a descriptor. Raises: as `send`."""

@@ -27,6 +27,7 @@ from millrace.graph.signature import Variable
 from millrace.replicas import hub as hub_events
 from millrace.replicas.coordinator import Coordinator
 from millrace.replicas.hub import Hub
+from millrace.replicas.programs import Programs, as_tensor
 from millrace.replicas.protocol import (
     NOTHING,
     DriverCommand,
@@ -51,7 +52,7 @@ from millrace.replicas.settings import LocalSteps
 from millrace.replicas.slices import examples_in, sizes_of, wholes_of
 from millrace.replicas.worker import GRAPH, UPDATE, VARIABLE
 from millrace.runtime.aliasing import Memory
-from millrace.runtime.feeds import FeedReader, Key
+from millrace.runtime.feeds import FeedReader
 from millrace.runtime.messages import Message
 from millrace.runtime.ranges import check_ranges, feed_ranges
 from millrace.runtime.remote_session import RemoteSession
@@ -117,10 +118,9 @@ class ReplicatedSession(RemoteSession):
         self._ranges = feed_ranges(graph)
         self._rule = local
         whole = None if self._rule else halves(graph)
-        self._shared = _as_tensor(graph_bytes(whole.update if whole else graph))  # what every worker has
+        self._shared = as_tensor(graph_bytes(whole.update if whole else graph))  # what every worker has
         self._variables = _of_both(whole) if whole else tuple(v.name for v in graph.variables)
-        self._keys: dict[Key, int] = {}  # programs by the shape of a slice
-        self._programs: dict[int, Tensor] = {}
+        self._programs = Programs(graph, self._reader, whole=local is not None)
         self._hosts: dict[str, str] = {}  # the machine of every member that there was
         self._given: dict[str, set[int]] = {}  # which programs each worker has
         self._slices: list[_Slice] = []  # of the step in flight
@@ -249,18 +249,8 @@ class ReplicatedSession(RemoteSession):
 
     def _slice(self, batches: Sequence[Sequence[Tensor]]) -> _Slice:
         """The program for slices of this shape, and the feeds of each batch by name."""
-        feeds = batches[0]
-        key: Key = tuple((tuple(feed.shape), feed.dtype) for feed in feeds)
-        if key not in self._keys:
-            graph = self.graph
-            if tuple((f.spec.shape, f.spec.dtype) for f in graph.feeds) != key:
-                if graph.retrace is None:
-                    raise WorkerError("a graph that was loaded from a file cannot be traced for slices of its batch")
-                graph = graph.retrace(self._reader.nest(self._reader.read(tuple(feeds))))
-            self._keys[key] = number = len(self._keys)
-            self._programs[number] = _as_tensor(graph_bytes(graph if self._rule else halves(graph).gradients))
-        names = [f.name for f in self.graph.feeds]
-        return _Slice(self._keys[key], tuple(dict(zip(names, batch, strict=True)) for batch in batches))
+        each = [self._programs.of(batch) for batch in batches]
+        return _Slice(each[0][0], tuple(feeds for _, feeds in each))
 
     def _together(self, done: StepDone, sizes: Sequence[int]) -> dict[str, Tensor]:
         """The fetches of a step from those of its slices."""
@@ -352,7 +342,6 @@ class ReplicatedSession(RemoteSession):
             self._given[member] = set()
             fields |= {
                 "role": "worker",
-                "one_host": len(set(self._hosts.values())) == 1,
                 "compile": self._compile,
                 "timeout_s": self._patience(),
             }
@@ -370,7 +359,7 @@ class ReplicatedSession(RemoteSession):
             for key in dict.fromkeys(one.key for one in own.values()):
                 if key not in self._given[member]:
                     self._given[member].add(key)
-                    self._hub.send(member, Message("program", {"key": key}, {GRAPH: self._programs[key]}))
+                    self._hub.send(member, Message("program", {"key": key}, {GRAPH: self._programs.content(key)}))
         elif kind == "form":  # all of a group are told so at once
             fields["one_host"] = len({self._hosts[worker] for worker in self._given}) == 1
         self._hub.send(member, Message(kind, fields, tensors))
@@ -393,7 +382,3 @@ class ReplicatedSession(RemoteSession):
 def _of_both(whole: Halves) -> tuple[str, ...]:
     variables: list[Variable] = [*whole.gradients.variables, *whole.update.variables]
     return tuple(dict.fromkeys(variable.name for variable in variables))
-
-
-def _as_tensor(content: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8)

@@ -15,10 +15,12 @@ class Sync:
         by collectives.
     backup: with servers, how many replicas more work than an update waits for; the last gradients are dropped (Chen et
         al., 2016, "Revisiting distributed synchronous SGD").
+    copies: whether every server's variables are kept by a second process too, which takes its place when it is lost.
     """
 
     parameter_servers: int = 0
     backup: int = 0
+    copies: bool = True
 
     def __post_init__(self) -> None:
         _check_counts(self, least=0)
@@ -37,6 +39,7 @@ class Async:
     bound: how many pushes a replica may be ahead of the slowest one (stale synchronous); None: as many as it likes.
     weaken_stale: scale a gradient by 1 / (1 + its staleness).
     parameter_servers: how many processes hold the variables.
+    copies: whether every server's variables are kept by a second process too, which takes its place when it is lost.
 
     Source: Dean et al., 2012, "Large scale distributed deep networks" (Downpour SGD).
     """
@@ -46,6 +49,7 @@ class Async:
     bound: int | None = None
     weaken_stale: bool = False
     parameter_servers: int = 1
+    copies: bool = True
 
     def __post_init__(self) -> None:
         _check_counts(self, least=1)

@@ -117,11 +117,12 @@ class Ack:
 
 @dataclass(frozen=True)
 class Drop:
-    """Tell a worker that its push does not count."""
+    """Tell a worker that its push does not count. version: of the variables."""
 
     worker: str
     sequence: int
     why: str
+    version: int = 0
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ class ShardState:
         why = self._refusal(push)
         if why:
             self.dropped += 1
-            return [Drop(push.worker, push.sequence, why)]
+            return [Drop(push.worker, push.sequence, why, self.version)]
         return self._write(push)
 
     def _refusal(self, push: Pushed) -> str:

@@ -18,6 +18,7 @@ from millrace.replicas.collective import Group
 from millrace.replicas.gloo_group import GlooGroup
 from millrace.replicas.line import Line
 from millrace.replicas.local_replica import LocalReplica
+from millrace.replicas.programs import as_bytes
 from millrace.replicas.protocol import (
     Adopt,
     AllReduce,
@@ -65,7 +66,7 @@ class _Worker:
         self._slices: tuple[int, ...] = ()  # whose results those are
         self._made: dict[str, Tensor] = {}  # fetches of the update
         self._staged: dict[str, Tensor] = {}  # variables that were broadcast and are not adopted yet
-        graph = graph_from_bytes(_bytes(role.tensors[GRAPH]))
+        graph = graph_from_bytes(as_bytes(role.tensors[GRAPH]))
         given = {n.removeprefix(VARIABLE): t for n, t in role.tensors.items() if n.startswith(VARIABLE)}
         settings: dict[str, Any] = {"compile": role.fields["compile"], "say": self._log}
         self._replica: Replica | LocalReplica
@@ -81,7 +82,7 @@ class _Worker:
             if message is None:
                 continue
             if message.kind == "program":
-                self._replica.load(message.fields["key"], graph_from_bytes(_bytes(message.tensors[GRAPH])))
+                self._replica.load(message.fields["key"], graph_from_bytes(as_bytes(message.tensors[GRAPH])))
             elif message.kind == "write":
                 for name, value in message.tensors.items():
                     self._replica.variables[name].copy_(value)
@@ -193,7 +194,3 @@ class _Worker:
 
     def _log(self, text: str) -> None:
         print(f"{self._line.name}: {text}", file=sys.stderr, flush=True)
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.numpy().tobytes()

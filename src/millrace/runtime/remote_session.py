@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,7 +22,13 @@ class RemoteSession(abc.ABC):
 
     Close it, or use it as a context, to end the processes. A subclass runs steps and sets `_stale` when they have
     changed the variables.
+
+    measures: names of what it measures of every step by itself, and gives like a fetch.
+    works_ahead: whether `stream` works at several batches at once.
     """
+
+    measures: tuple[str, ...] = ()
+    works_ahead = False
 
     def __init__(self, graph: Graph, variables: Mapping[str, Tensor] | None, say: Say) -> None:
         """variables: name -> value, where they are not `graph.initial`."""
@@ -51,6 +57,11 @@ class RemoteSession(abc.ABC):
         """Run one step per batch; fetches come back stacked along a new first axis."""
         found = [self.run(fetches, feed) for feed in feeds]
         return [None if one[0] is None else torch.stack(one) for one in map(list, zip(*found, strict=True))]
+
+    def stream(self, fetches: Sequence[str], feeds: Iterable[Any]) -> Iterator[tuple[list[Any], Any]]:
+        """Run a step for every batch; yields what `run` gives, with the batch. See `Session.stream`."""
+        for feed in feeds:
+            yield self.run(fetches, feed), feed
 
     @property
     @abc.abstractmethod

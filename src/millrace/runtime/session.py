@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +57,9 @@ class Session:
     say: called with one line about compilation; logs it by default.
     max_shapes: how many batch shapes keep their graphs; `warn_new_shape`: whether a new one is worth a warning.
     """
+
+    measures: tuple[str, ...] = ()  # see `RemoteSession`
+    works_ahead = False
 
     def __init__(
         self,
@@ -121,6 +124,15 @@ class Session:
         program, flat = self._program(tuple(fetches), list(feeds))
         values = dict(zip(program.fetches, self._call(program, flat), strict=True))
         return [values.get(name) for name in fetches]
+
+    def stream(self, fetches: Sequence[str], feeds: Iterable[Any]) -> Iterator[tuple[list[Any], Any]]:
+        """Run a step for every batch; yields what `run` gives, with the batch.
+
+        Where several processes work at batches of their own, the next batch is taken as soon as one of them is free,
+        results come as they are ready, and when the batches are at their end all have been yielded.
+        """
+        for feed in feeds:
+            yield self.run(fetches, feed), feed
 
     def nodes_for(self, fetches: str | Sequence[str], feed: Any = None) -> list[str]:
         """Names of the nodes that `run(fetches, feed)` executes."""

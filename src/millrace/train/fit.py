@@ -80,13 +80,15 @@ def fit(
             wire: narrow what they send each other: "bfloat16", "int8", "zeros" (exact), or a mapping such as
             {"encoder.*": "int8"}; see docs/placement.md.
             The run directory then also has the placement and the timeline of a step: see `millrace.train.devices`.
-        replicas: train in so many processes at once, each with a slice of every batch; processes may die. The result
-            is that of one process (up to rounding). update: how they agree: "sync", "async", "local_steps", or one of
-            `millrace.replicas.settings` with more to say. cluster: where they run: None for processes of this
-            machine, "local" or an address for Ray. spares: how many more stand by. patience_s: how long one may show
-            no progress (None: from the measured steps). drop_failing: replace a process in which the step failed,
-            instead of ending with its error. chaos_s: kill one every so many seconds, to see that nothing is lost.
-            See docs/replicas.md.
+        replicas: train in so many processes at once; processes may die. update: how they agree. "sync": each works at
+            a slice of every batch, and the result is that of one process (up to rounding). "async": each works at a
+            batch of its own and pushes gradients to parameter servers when they are ready. "local_steps": each trains
+            alone for some steps. Or one of `millrace.replicas.settings` with more to say: Async(bound=4),
+            Sync(parameter_servers=2, backup=1). cluster: where they run: None for processes of this machine, "local"
+            or an address for Ray. spares: how many more stand by. patience_s: how long one may show no progress (None:
+            from the measured steps). drop_failing: replace a process in which the step failed, instead of ending with
+            its error. chaos_s: kill one every so many seconds, to see that nothing is lost. Of a run over servers the
+            run directory also has staleness.json. See docs/replicas.md.
         steps_per_call: run this many steps in one compiled call (for small models).
         seed: of the data's order and of the step's random numbers (not of the model's initial weights).
         evaluate_every, checkpoint_every: in steps; by default at the end of every epoch.
@@ -156,7 +158,7 @@ def fit(
             else lambda graph: Session(graph, compile=plan.compile, say=progress.message),
             batches,
             evaluate=None if held_out is None else lambda: evaluator.means(held_out.one_pass()),
-            callbacks=CallbackList([*([devices] if devices else []), *callbacks]),
+            callbacks=CallbackList([*(own for own in (devices, replicas) if own is not None), *callbacks]),
             journal=Journal(run, progress, log_every=plan.log_every, places=devices.places if devices else None),
             run=run,
             saver=saver,
@@ -164,7 +166,8 @@ def fit(
             started_s=started_s,
         )
         with progress:
-            return trainer.run()
+            result = trainer.run()
+        return replicas.completed(result) if replicas else result
 
 
 def _plan(settings: Mapping[str, Any]) -> Plan:

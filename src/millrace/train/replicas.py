@@ -1,4 +1,7 @@
-"""A run over replicas: the processes, and the session over them."""
+"""A run over replicas: the processes, the session over them, and what the run directory tells of their updates.
+
+staleness.json     of a run over parameter servers: how many updates had each staleness, repeats, dropped gradients
+"""
 
 from __future__ import annotations
 
@@ -7,49 +10,129 @@ import secrets
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from millrace.compile.tiered import Say
-from millrace.errors import SettingError
 from millrace.graph.graph import Graph
 from millrace.replicas.hub import Hub
 from millrace.replicas.rendezvous import Rendezvous
+from millrace.replicas.server_session import ServerSession
 from millrace.replicas.session import ReplicatedSession
-from millrace.replicas.settings import LocalSteps, Sync, update_of
+from millrace.replicas.settings import Async, LocalSteps, Sync, update_of
 from millrace.runtime.choose_launcher import choose_launcher
 from millrace.runtime.launch import Launcher
+from millrace.train.callbacks import Callback, RunView
 from millrace.train.plan import Plan
+from millrace.train.result import Result
+from millrace.train.run_files import encode_json, write_atomically
+from millrace.train.run_state import Outcome
 
+STALENESS = "staleness.json"
 _TOKEN_BYTES = 32
 _MORE = 4
 
 
-class ReplicaRun:
-    """Makes the session of a run with `plan.replicas`. say: shows a line."""
+class ReplicaRun(Callback):
+    """Makes the session of a run with `plan.replicas`; as a callback, writes the file above. say: shows a line."""
 
     def __init__(self, plan: Plan, say: Say) -> None:
         self._plan, self._say = plan, say
+        self._servers: ServerSession | None = None
 
-    def session(self, graph: Graph) -> ReplicatedSession:
-        """A session over processes that hold a replica each."""
-        plan = self._plan
-        assert plan.replicas is not None
-        update = update_of(plan.update)
-        if not isinstance(update, LocalSteps) and update != Sync():
-            raise SettingError(f"update={plan.update!r} is not there yet: use 'sync' or 'local_steps'")
+    def session(self, graph: Graph) -> ReplicatedSession | ServerSession:
+        """A session over the processes.
+
+        Raises: SettingError for a step that cannot be trained so.
+        """
+        update = update_of(self._plan.update)
         # Short, as the paths of sockets must be, and only this user may enter it.
         directory = tempfile.TemporaryDirectory(prefix="millrace-")
-        launcher = self._launcher(Path(directory.name))
-        hub = Hub(launcher, secrets.token_bytes(_TOKEN_BYTES), Path(directory.name), self._say)
-        rendezvous = Rendezvous(launcher.where.split(":")[1]) if launcher.where else Rendezvous()
+        path = Path(directory.name)
+        launcher = self._launcher(path)
+        hub = Hub(launcher, secrets.token_bytes(_TOKEN_BYTES), path, self._say)
+        session: ReplicatedSession | ServerSession
         try:
-            session = ReplicatedSession(
+            if isinstance(update, LocalSteps) or not update.parameter_servers:
+                local = update if isinstance(update, LocalSteps) else None
+                session = self._collective(graph, hub, local, launcher.where, directory)
+            else:
+                session = self._servers = self._over_servers(graph, hub, update, directory)
+            if self._plan.chaos_s is not None:
+                chaos = threading.Thread(
+                    target=_chaos, args=(session, self._plan.chaos_s, self._plan.seed), daemon=True
+                )
+                chaos.start()
+            return session
+        except BaseException:
+            hub.close()
+            directory.cleanup()
+            raise
+
+    def completed(self, result: Result) -> Result:
+        """The result of the run, with what is known of its updates."""
+        servers = self._servers
+        if servers is None:
+            return result
+        return replace(result, mean_staleness=servers.mean_staleness, repeats=servers.repeats, dropped=servers.dropped)
+
+    def on_checkpoint(self, run: RunView, step: int, path: Path) -> None:
+        """Write how stale updates were."""
+        self._write(run)
+
+    def on_end(self, run: RunView, outcome: Outcome) -> None:
+        """Write how stale updates were."""
+        self._write(run)
+
+    def _write(self, run: RunView) -> None:
+        servers = self._servers
+        if servers is None or run.directory is None:
+            return
+        content = {
+            "updates_by_staleness": {str(tau): times for tau, times in sorted(servers.staleness.items())},
+            "mean_staleness": servers.mean_staleness,
+            "repeats": servers.repeats,
+            "dropped": servers.dropped,
+        }
+        write_atomically(run.directory / STALENESS, encode_json(content))
+
+    def _over_servers(
+        self, graph: Graph, hub: Hub, update: Sync | Async, directory: tempfile.TemporaryDirectory[str]
+    ) -> ServerSession:
+        plan = self._plan
+        assert plan.replicas is not None
+        return ServerSession(
+            graph,
+            hub,
+            update,
+            replicas=plan.replicas,
+            spares=plan.spares,
+            compile=plan.compile,
+            patience_s=plan.patience_s,
+            drop_failing=plan.drop_failing,
+            directory=directory,
+            say=self._say,
+        )
+
+    def _collective(
+        self,
+        graph: Graph,
+        hub: Hub,
+        local: LocalSteps | None,
+        where: str | None,
+        directory: tempfile.TemporaryDirectory[str],
+    ) -> ReplicatedSession:
+        plan = self._plan
+        assert plan.replicas is not None
+        rendezvous = Rendezvous(where.split(":")[1]) if where else Rendezvous()
+        try:
+            return ReplicatedSession(
                 graph,
                 hub,
                 rendezvous,
-                local=update if isinstance(update, LocalSteps) else None,
+                local=local,
                 replicas=plan.replicas,
                 spares=plan.spares,
                 compile=plan.compile,
@@ -58,13 +141,8 @@ class ReplicaRun:
                 directory=directory,
                 say=self._say,
             )
-            if plan.chaos_s is not None:
-                threading.Thread(target=_chaos, args=(session, plan.chaos_s, plan.seed), daemon=True).start()
-            return session
         except BaseException:
-            hub.close()
             rendezvous.close()
-            directory.cleanup()
             raise
 
     def _launcher(self, directory: Path) -> Launcher:
@@ -76,7 +154,7 @@ class ReplicaRun:
         return choose_launcher(plan.cluster, "millrace.replicas.member", [], threads, directory, **local)
 
 
-def _chaos(session: ReplicatedSession, every_s: float, seed: int) -> None:
+def _chaos(session: ReplicatedSession | ServerSession, every_s: float, seed: int) -> None:
     """Kill one of the workers now and then, until the session ends."""
     choices = random.Random(seed)
     while not session.closed:

@@ -16,6 +16,9 @@ class Result:
     values: mean training loss and metrics since they were last logged. evaluation: of the last evaluation, empty
     without validation data. train_s: seconds in the loop, evaluations and checkpoints included. first_step_s: from the
     call of `fit` to the end of the first step (tracing included). tier: what ran the last step.
+    mean_staleness: of a run over parameter servers, how many updates came between an update's fetch and its turn.
+    repeats: how many batches or slices of such a run were computed again, as their process was lost. dropped: how many
+    gradients of backup workers came too late.
     """
 
     outcome: Outcome
@@ -27,3 +30,6 @@ class Result:
     first_step_s: float = 0.0
     tier: str = "eager"
     run_dir: Path | None = None
+    mean_staleness: float = 0.0
+    repeats: int = 0
+    dropped: int = 0

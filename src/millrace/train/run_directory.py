@@ -6,6 +6,7 @@
     metrics.jsonl      one JSON object per line
     checkpoints/  events/
     placement.json  placement.svg  timeline.json    of a run over several devices (train/devices.py)
+    staleness.json     of a run over parameter servers (train/replicas.py)
     lock               held while a run writes here
 
 A resumed run writes config.json and environment.json anew; what differed before stays as config.1.json and so on.

@@ -130,7 +130,10 @@ class Trainer:
             epoch = self._batches.epoch
             for calls in self._calls():
                 try:
-                    self._take(calls)
+                    if isinstance(calls, list):
+                        self._take(calls)
+                    else:
+                        self._take_stretch(calls)
                 except FeedError as error:  # found before anything ran
                     self._save_before_failing(error)
                     raise
@@ -162,13 +165,18 @@ class Trainer:
         per_epoch = self._batches.batches_per_epoch
         return self._batches.epoch if per_epoch is None else max(self._batches.epoch, self.step // per_epoch)
 
-    def _calls(self) -> Iterator[list[Any]]:
+    def _calls(self) -> Iterator[list[Any] | Iterator[Any]]:
         """The rest of one epoch, `steps_per_call` batches at a time: fewer where something falls due or shapes change.
 
-        The first step goes alone, so that it comes soon.
+        The first step goes alone, so that it comes soon. A session that works at several batches at once gets a stretch
+        of them: an iterator that ends where something falls due.
         """
         group: list[Any] = []
-        for batch in self._read():
+        batches = self._read()
+        for batch in batches:
+            if self._session is not None and self._session.works_ahead:
+                yield self._stretch(batch, batches)
+                continue
             if group and _form(batch) != _form(group[0]):
                 yield group
                 group = []
@@ -179,6 +187,15 @@ class Trainer:
                 group = []
         if group:
             yield group
+
+    def _stretch(self, batch: Any, batches: Iterator[Any]) -> Iterator[Any]:
+        """A batch and those after it, up to where something falls due or the run is wanted to end."""
+        yield batch
+        while not (self._wanted_to_end() or self._falls_due(self._batches.handed_out) or self._unsaved_for_long()):
+            following = next(batches, None)
+            if following is None:
+                return
+            yield following
 
     def _read(self) -> Iterator[Any]:
         """The batches of the rest of one epoch. An error waits in `_data_error` until those read were trained on."""
@@ -210,6 +227,14 @@ class Trainer:
         last = {name: value[-1] for name, value in by_name.items()}
         examples = sum(examples_in(batch) for batch in calls)
         self._journal.show(self.step, last, examples=examples, epoch=self._batches.epoch + 1)
+
+    def _take_stretch(self, batches: Iterator[Any]) -> None:
+        """Run a step for every batch, in the order in which they are done."""
+        assert self._session is not None
+        for found, batch in self._session.stream([TRAIN, *self._fetches], batches):
+            values = dict(zip(self._fetches, found[1:], strict=True))
+            self._after_step(values, batch)
+            self._journal.show(self.step, values, examples=examples_in(batch), epoch=self._batches.epoch + 1)
 
     def _after_step(self, values: Mapping[str, Tensor], batch: Any) -> None:
         self._place = replace(self._place, step=self.step + 1)
@@ -246,9 +271,12 @@ class Trainer:
             self._begin_at_rest()  # it was saved after the last step of an epoch, whose end has only been read now
         if self._is_due(self.plan.evaluate_every, epoch_ended):
             self._evaluate()
-        long_ago = self.plan.checkpoint_every is None and self._saver and self._saver.age_s > _LONGEST_UNSAVED_S
-        if self._is_due(self.plan.checkpoint_every, epoch_ended) or long_ago:
+        if self._is_due(self.plan.checkpoint_every, epoch_ended) or self._unsaved_for_long():
             self._save()
+
+    def _unsaved_for_long(self) -> bool:
+        saver = self._saver
+        return self.plan.checkpoint_every is None and saver is not None and saver.age_s > _LONGEST_UNSAVED_S
 
     def _is_due(self, every: int | None, epoch_ended: bool) -> bool:
         return epoch_ended if every is None else self.step % every == 0
@@ -319,7 +347,7 @@ class Trainer:
     def _begin(self, batch: Any) -> AnySession:
         graph = self._make_graph(batch)
         self._session = session = self._make_session(graph)
-        self._fetches = [name for name in graph.fetches if not name.startswith("gradient/")]
+        self._fetches = [name for name in graph.fetches if not name.startswith("gradient/")] + [*session.measures]
         if self._restored is not None:
             self._restore(session, self._restored)
         self._journal.begin(graph, self.step if self._restored is not None else None)

@@ -1,0 +1,449 @@
+"""What the driver of a run over parameter servers does next: a state machine without I/O, clocks or tensors.
+
+It decides who holds which shard, who holds its copy, who is a worker and works at what. What it builds on:
+
+- A shard acknowledges a push when its copy has it too, and says "uncopied" to the driver before it goes on without a
+  copy. So a copy that is taken to follow has all that was acknowledged.
+- A worker whose shard was lost asks the next one again what was open. A worker that is lost is forgotten with all that
+  it had not said it pushed: that is given to another. In sync mode the shards count a slice once.
+
+Checked for all orders of events on a small scale by tests/replicas/test_pool.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from millrace.errors import WorkerError
+from millrace.replicas.pool_events import (
+    AllRead,
+    AllWritten,
+    Done,
+    FlushWanted,
+    Kill,
+    PoolCommand,
+    PoolEvent,
+    Sizes,
+    Wanted,
+    WriteWanted,
+)
+from millrace.replicas.protocol import Expect, Failed, Fields, Joined, Lost, ReadWanted, Said, StartMembers, Story, Tell
+
+Work: TypeAlias = tuple[int, int]  # step, slice
+
+# What a member is doing, as the driver knows it: the last four are workers.
+SPARE, SHARD, ENDING, ROLE, FREE, WORK, FLUSH = "spare", "shard", "ending", "role", "free", "work", "flush"
+WORKERS = (ROLE, FREE, WORK, FLUSH)
+
+# A shard's process, and that of its copy.
+EMPTY, STARTING, UP, PROMOTING = "empty", "starting", "up", "promoting"
+READY, SENDING, FOLLOWING = "ready", "sending", "following"  # of the copy, after STARTING
+
+
+@dataclass(frozen=True)
+class Member:
+    """What the driver knows of a process that has joined.
+
+    work: what it works at. holds: what it was given and has not said it pushed. clock: how many batches it has done, as
+    the bound counts them. slice: the last one it was given.
+    """
+
+    doing: str = SPARE
+    work: Work | None = None
+    holds: tuple[Work, ...] = ()
+    clock: int = 0
+    slice: int = -1
+
+
+@dataclass(frozen=True)
+class Place:
+    """A shard: who holds it, who its copy.
+
+    needed: what it was last configured with. owes: what it was told and has not answered.
+    """
+
+    state: str = EMPTY
+    holder: str = ""
+    address: str = ""
+    copy: str = ""
+    copy_state: str = EMPTY
+    copy_address: str = ""
+    needed: int = 0
+    owes: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that is wanted and not done. pushed: slices whose results have come. passed: shards that have made its
+    update."""
+
+    slices: int
+    needed: int
+    pushed: frozenset[int] = frozenset()
+    passed: frozenset[int] = frozenset()
+
+
+class Pool:
+    """The deciding half of the driver. All attributes are immutable values, or dicts and lists of such.
+
+    repeats: how many batches or slices were given out again. dropped: how many pushes came too late to count.
+    losses: members lost since a step was done.
+    """
+
+    def __init__(self, sizes: Sizes) -> None:
+        self.sizes = sizes
+        self.members: dict[str, Member] = {}  # in the order in which they joined
+        self.places = [Place() for _ in range(sizes.servers)]
+        self.steps: dict[int, Step] = {}
+        self.queue: list[Work] = []
+        self.starting = 0
+        self.repeats = self.dropped = self.losses = 0
+        self.touched = False  # whether the shards may have other values than the driver
+        self.flushing = False
+        self.asked = ""  # "read" or "write" of all shards
+        self.answered: dict[int, str] = {}
+        self.failed = False
+        self._expected: dict[str, str] = {}
+        self._commands: list[PoolCommand] = []
+
+    @property
+    def room(self) -> int:
+        """For how many batches there are workers now."""
+        return len(self._eligible()) - len(self.queue) if self._all_up() and not self.flushing else 0
+
+    def start(self) -> list[PoolCommand]:
+        """What to do before the first event."""
+        self._settle()
+        return self._taken()
+
+    def handle(self, event: PoolEvent) -> list[PoolCommand]:
+        """What to do now, in this order.
+
+        Raises: WorkerError when something is wanted out of turn, or a member says what cannot be.
+        """
+        if self.failed:
+            return []
+        match event:
+            case Joined(member):
+                self.starting -= 1
+                self.members[member] = Member()
+                self._story(f"{member} has joined")
+            case Lost(member, why):
+                self._lost(member, why)
+            case Said(member, kind, fields):
+                self._said(member, kind, fields)
+            case Wanted(step, slices, needed):
+                self._want(step, slices, needed)
+            case FlushWanted():
+                self.flushing = bool(self.steps)
+            case ReadWanted():
+                self._ask_all("read")
+            case WriteWanted():
+                self._ask_all("write")
+        self._settle()
+        return self._taken()
+
+    # -- events ---------------------------------------------------------------------------------------------------
+
+    def _want(self, step: int, slices: int, needed: int) -> None:
+        if self.asked or step in self.steps or (self.sizes.sync and self.steps):
+            raise WorkerError(
+                f"Step {step} was asked for while {', '.join(map(str, self.steps)) or self.asked} was not done. Give "
+                "one step at a time in sync mode, and none while the variables are read or written."
+            )
+        self.steps[step] = Step(slices, needed)
+        self.queue += [(step, slice_) for slice_ in range(slices)]
+        self.touched = True
+        self._story(f"step {step} of {slices} slices is wanted")
+
+    def _ask_all(self, what: str) -> None:
+        if self.steps or self.asked:
+            raise WorkerError(f"A {what} of all variables was asked for while steps {list(self.steps)} are in flight.")
+        self.asked, self.answered = what, {}
+        self._story(f"{what} of all variables is wanted")
+
+    def _lost(self, name: str, why: str) -> None:
+        self.losses += 1
+        member = self.members.pop(name, None)
+        if member is None:
+            self.starting -= 1
+            self._story(f"{name} was started and never joined: {why}")
+        else:
+            self._story(f"{name} was lost, doing {member.doing!r}, with {list(member.holds)}: {why}")
+            self._give_back(member)
+            for shard in range(self.sizes.servers):
+                self._lost_of_shard(shard, name, why)
+        limit = self.sizes.max_losses
+        limit = 3 * self._total() if limit is None else limit
+        if self.losses > limit and not self.failed:
+            self._fail(f"{self.losses} processes were lost without a step in between; the last one, {name}: {why}")
+
+    def _give_back(self, member: Member) -> None:
+        again = [work for work in member.holds if self._is_open(work) and work not in self.queue]
+        self.repeats += len(again)
+        self.queue = sorted([*again, *self.queue])
+
+    def _lost_of_shard(self, shard: int, name: str, why: str) -> None:
+        place = self.places[shard]
+        if place.copy == name:
+            self.places[shard] = replace(place, copy="", copy_state=EMPTY)
+        if place.holder != name:
+            return
+        if place.copy_state == FOLLOWING:
+            self.places[shard] = Place(PROMOTING, place.copy, place.copy_address, needed=place.needed)
+            self._story(f"{place.copy} is to take the place of shard {shard}")
+            self._tell(place.copy, "promote")
+        elif self.touched:
+            lacking = "its copy was not complete" if self.sizes.copies else "it has no copy"
+            self._fail(
+                f"shard {shard} of the variables is lost with {name} ({why}), and {lacking}: go on from the last "
+                "checkpoint (resume=True)."
+            )
+        else:
+            if place.copy:
+                self._kill(place.copy, "it is the copy of nothing")
+            self.places[shard] = Place()
+
+    def _said(self, name: str, kind: str, fields: Fields) -> None:
+        member = self.members.get(name)
+        ending = member is not None and member.doing == ENDING
+        if member is None or (ending and kind not in ("copied", "uncopied")):  # these say what its copy is worth
+            self._story(f"dropped {kind!r} of {name}: it is gone, or going")
+        elif member.doing in (SHARD, ENDING):
+            self._shard_said(name, kind, fields)
+        elif (kind, member.doing) == ("ready", ROLE):
+            self._set(name, replace(member, doing=FREE, clock=self._slowest()))
+        elif (kind, member.doing) in (("done", WORK), ("flushed", FLUSH)):
+            self._done(name, member, fields)
+        elif kind == "shard_lost" and member.doing in WORKERS:
+            place = self.places[fields["shard"]]
+            if place.state == UP and place.address == fields["address"]:
+                self._kill(place.holder, f"{name} has no connection with it: {fields['why']}")
+        else:
+            raise WorkerError(
+                f"{name} says {kind!r} ({dict(fields)}), and the driver takes it for {member.doing!r}. They disagree "
+                "on what came before; please report both logs."
+            )
+
+    def _shard_said(self, name: str, kind: str, fields: Fields) -> None:
+        shard = next(number for number, place in enumerate(self.places) if name in (place.holder, place.copy))
+        place = self.places[shard]
+        is_holder = name == place.holder
+        match kind:
+            case "ready" if is_holder:
+                self._is_up(shard, replace(place, state=UP, address=fields["address"]))
+            case "promoted" if is_holder:
+                self._is_up(shard, replace(place, state=UP, needed=0))
+            case "ready":
+                self.places[shard] = replace(place, copy_state=READY, copy_address=fields["address"])
+            case "copied":
+                if place.copy == fields["member"]:
+                    self.places[shard] = replace(place, copy_state=FOLLOWING)
+                    self._story(f"{place.copy} follows shard {shard}")
+            case "uncopied":
+                if place.copy == fields["member"]:
+                    self._kill(place.copy, f"it does not follow shard {shard} any more: {fields['why']}")
+                    self.places[shard] = replace(place, copy="", copy_state=EMPTY)
+            case "configured":
+                self.places[shard] = replace(place, owes=place.owes - {kind})
+            case "read" | "written":
+                self.places[shard] = replace(place, owes=place.owes - {kind})
+                self.answered[shard] = name
+            case _:
+                raise WorkerError(f"{name}, which holds shard {shard} or its copy, says {kind!r}, which cannot be.")
+
+    def _is_up(self, shard: int, place: Place) -> None:
+        self.places[shard] = place
+        self._story(f"shard {shard} is at {place.holder}")
+        for name, member in self.members.items():
+            if member.doing in WORKERS:
+                self._tell(name, "moved", {"shard": shard, "address": place.address})
+
+    def _done(self, name: str, member: Member, fields: Fields) -> None:
+        pushed = [(step, slice_) for step, slice_ in fields["pushed"]]
+        holds = tuple(work for work in member.holds if work not in pushed)
+        done = member.clock + (member.doing == WORK)
+        self._set(name, replace(member, doing=FREE, work=None, holds=holds, clock=done))
+        self.dropped += fields["late"]
+        for step, slice_ in pushed:
+            found = self.steps.get(step)
+            if found is not None:
+                passed = {shard for shard, version in enumerate(fields["versions"]) if version > step}
+                self.steps[step] = replace(found, pushed=found.pushed | {slice_}, passed=found.passed | passed)
+        self._story(f"{name} has pushed {pushed}")
+
+    # -- deciding -------------------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Everything that follows from where we stand."""
+        if self.failed:
+            return
+        self._report()
+        self._fill_places()
+        self._fill_workers()
+        self._start_missing()
+        for shard, place in enumerate(self.places):
+            if place.state == UP and place.copy_state == READY:
+                self.places[shard] = replace(place, copy_state=SENDING)
+                self._tell(place.holder, "copy", {"address": place.copy_address, "member": place.copy})
+        self._go_on_asking()
+        if self._all_up() and self._configured():
+            self._hand_out()
+        if self.flushing and not self.queue:
+            for name in [n for n, m in self.members.items() if m.doing == FREE and m.holds]:
+                self._tell(name, "flush")
+                self._set(name, replace(self.members[name], doing=FLUSH))
+        self._expect()
+
+    def _report(self) -> None:
+        for step, found in list(self.steps.items()):
+            enough = len(found.pushed) >= found.needed and len(found.passed) == self.sizes.servers
+            if len(found.pushed) == found.slices or (self.sizes.sync and enough):
+                del self.steps[step]
+                self.queue = [work for work in self.queue if work[0] != step]
+                self.losses = 0
+                self._commands.append(Done(step, tuple(sorted(found.pushed))))
+        self.flushing = self.flushing and bool(self.steps)
+
+    def _fill_places(self) -> None:
+        """Shards get a process first, their copies when all shards have one."""
+        for shard, place in enumerate(self.places):
+            if place.state == EMPTY and (name := self._spare()):
+                needed = next((step.needed for step in self.steps.values()), 1)
+                self.places[shard] = Place(STARTING, name, needed=needed)
+                self._give_role(name, SHARD, {"role": "shard", "shard": shard, "copy": False, "needed": needed})
+        if not self.sizes.copies or any(place.state == EMPTY for place in self.places):
+            return
+        for shard, place in enumerate(self.places):
+            if place.state == UP and not place.copy and (name := self._spare()):
+                self.places[shard] = replace(place, copy=name, copy_state=STARTING)
+                role = {"role": "shard", "shard": shard, "copy": True, "needed": place.needed or 1}
+                self._give_role(name, SHARD, role)
+
+    def _fill_workers(self) -> None:
+        while self._all_up() and len(self._of(*WORKERS)) < self.sizes.workers and (name := self._spare()):
+            self._give_role(name, ROLE, {"role": "server_worker", "addresses": [p.address for p in self.places]})
+
+    def _start_missing(self) -> None:
+        alive = sum(member.doing != ENDING for member in self.members.values())
+        missing = self._total() - alive - self.starting
+        if missing > 0:
+            self.starting += missing
+            self._story(f"{missing} more members are started")
+            self._commands.append(StartMembers(missing))
+
+    def _go_on_asking(self) -> None:
+        """Ask every shard that can be asked; the next holder of one that was lost is asked again."""
+        if not self.asked:
+            return
+        answer = {"read": "read", "write": "written"}[self.asked]
+        for shard, place in enumerate(self.places):
+            if place.state == UP and shard not in self.answered and answer not in place.owes:
+                self.places[shard] = replace(place, owes=place.owes | {answer})
+                self._tell(place.holder, self.asked, {"shard": shard})
+        if len(self.answered) == self.sizes.servers:
+            members = tuple(self.answered[shard] for shard in range(self.sizes.servers))
+            self._commands.append(AllRead(members) if self.asked == "read" else AllWritten())
+            self.asked, self.answered = "", {}
+
+    def _configured(self) -> bool:
+        """Whether all shards wait for as many slices as the step needs; those that do not are told."""
+        if not self.sizes.sync or not self.steps:
+            return True
+        (step,) = self.steps.values()
+        for shard, place in enumerate(self.places):
+            if place.needed != step.needed:
+                self.places[shard] = replace(place, needed=step.needed, owes=place.owes | {"configured"})
+                self._tell(place.holder, "configure", {"needed": step.needed})
+        return not any("configured" in place.owes for place in self.places)
+
+    def _hand_out(self) -> None:
+        for step, slice_ in list(self.queue):
+            free = self._eligible()
+            if not free:
+                return
+            # Who had a slice has memory for its gradients already.
+            name = next((n for n in free if self.sizes.sync and self.members[n].slice == slice_), free[0])
+            self.queue.remove((step, slice_))
+            member, work = self.members[name], (step, slice_)
+            self._set(name, replace(member, doing=WORK, work=work, holds=(*member.holds, work), slice=slice_))
+            self._tell(name, "batch", {"step": step, "slice": slice_})
+
+    def _expect(self) -> None:
+        """Who owes an answer is expected to give it; workers not while a shard is away, for which they wait."""
+        owed = {name: text for name in self.members if (text := self._owed(name))}
+        for name in {**self._expected, **owed}:
+            if name in self.members and self._expected.get(name) != owed.get(name):
+                self._commands.append(Expect(name, owed.get(name)))
+        self._expected = owed
+
+    def _owed(self, name: str) -> str:
+        member = self.members[name]
+        if member.doing in WORKERS:
+            owed = f"step {member.work[0]}, slice {member.work[1]}" if member.work else member.doing
+            return owed if self._all_up() and member.doing != FREE else ""
+        for place in self.places:
+            if place.holder == name:
+                sending = {"copy"} if place.copy_state == SENDING else set()
+                return place.state if place.state != UP else ", ".join(sorted(place.owes | sending))
+            if place.copy == name:
+                return STARTING if place.copy_state == STARTING else ""
+        return ""
+
+    # -- small things ---------------------------------------------------------------------------------------------
+
+    def _eligible(self) -> list[str]:
+        """Free workers that the bound lets work, those first that have done least."""
+        slowest, bound = self._slowest(), self.sizes.bound
+        free = [n for n in self._of(FREE) if bound is None or self.members[n].clock - slowest <= bound]
+        return sorted(free, key=lambda name: self.members[name].clock)
+
+    def _slowest(self) -> int:
+        return min((self.members[name].clock for name in self._of(FREE, WORK, FLUSH)), default=0)
+
+    def _of(self, *doing: str) -> list[str]:
+        return [name for name, member in self.members.items() if member.doing in doing]
+
+    def _spare(self) -> str:
+        return next(iter(self._of(SPARE)), "")
+
+    def _all_up(self) -> bool:
+        return all(place.state == UP for place in self.places)
+
+    def _is_open(self, work: Work) -> bool:
+        step = self.steps.get(work[0])
+        return step is not None and work[1] not in step.pushed
+
+    def _total(self) -> int:
+        sizes = self.sizes
+        return sizes.servers * (1 + sizes.copies) + sizes.workers + sizes.spares
+
+    def _give_role(self, name: str, doing: str, fields: Fields) -> None:
+        self._set(name, Member(doing))
+        self._story(f"{name} is to be {dict(fields)}")
+        self._tell(name, "role", fields)
+
+    def _set(self, name: str, member: Member) -> None:
+        self.members[name] = member
+
+    def _tell(self, name: str, kind: str, fields: Fields | None = None) -> None:
+        self._commands.append(Tell(name, kind, fields or {}))
+
+    def _kill(self, name: str, why: str) -> None:
+        if self.members[name].doing != ENDING:
+            self._set(name, replace(self.members[name], doing=ENDING))
+            self._story(f"{name} is to end: {why}")
+            self._commands.append(Kill(name, why))
+
+    def _fail(self, reason: str) -> None:
+        self.failed = True
+        self._story(reason)
+        self._commands.append(Failed(reason))
+
+    def _story(self, text: str) -> None:
+        self._commands.append(Story(text))
+
+    def _taken(self) -> list[PoolCommand]:
+        commands, self._commands = self._commands, []
+        return commands

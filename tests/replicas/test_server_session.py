@@ -1,0 +1,250 @@
+"""Steps over parameter servers in real processes, which are killed and frozen."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.graph.step_models import MODELS, batch_of, step_graph
+from torch import Tensor, nn
+
+import millrace
+from millrace.errors import FeedError, FetchError, SettingError
+from millrace.graph.graph import TRAIN, Graph
+from millrace.graph.training import training_graph
+from millrace.replicas.hub import Hub
+from millrace.replicas.server_session import ServerSession
+from millrace.replicas.settings import Async, Sync
+from millrace.runtime.launch import ProcessLauncher
+from millrace.runtime.session import Session
+
+EXAMPLES = 7  # do not divide by 2 or 3
+IDLE_S = 30.0  # for processes to start
+
+
+@contextlib.contextmanager
+def serving(
+    graph: Graph, update: Sync | Async, replicas: int, *, spares: int = 0, **settings: object
+) -> Iterator[ServerSession]:
+    """A session. When it is closed no process of it is left, and nothing in its directory."""
+    directory = tempfile.TemporaryDirectory(prefix="millrace-")
+    launcher = ProcessLauncher("millrace.replicas.member", [], 1, Path(directory.name))
+    hub = Hub(launcher, secrets.token_bytes(32), Path(directory.name), print)
+    with ServerSession(
+        graph,
+        hub,
+        update,
+        replicas=replicas,
+        spares=spares,
+        variables={name: value.detach().clone() for name, value in graph.initial.items()},
+        compile="eager",
+        directory=directory,
+        **settings,
+    ) as session:
+        session.launcher = launcher  # type: ignore[attr-defined]
+        yield session
+    assert not Path(directory.name).exists()
+    for pid in launcher.pids.values():
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def train(session: Session | ServerSession, kind: str, steps: int, first: int = 0) -> list[float]:
+    losses = []
+    for step in range(first, first + steps):
+        losses.append(float(session.run([TRAIN, "loss"], batch_of(kind, EXAMPLES, step))[1]))
+    return losses
+
+
+def values_of(session: Session | ServerSession) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in session.variables.items()}
+
+
+def pid_of(session: ServerSession, member: str) -> int:
+    return int(session.launcher.pids[member])  # type: ignore[attr-defined]
+
+
+def worker_of(session: ServerSession) -> str:
+    return next(name for name, member in session._pool.members.items() if member.doing in ("free", "work"))
+
+
+def until(session: ServerSession, done: Callable[[], bool]) -> None:
+    """Let the session hear its members until something is so."""
+    end_s = time.monotonic() + IDLE_S
+    while not done():
+        assert time.monotonic() < end_s
+        session._turn()
+
+
+def all_follow(session: ServerSession) -> bool:
+    return all(place.copy_state == "following" for place in session._pool.places)
+
+
+@pytest.mark.parametrize(("model", "replicas"), [("lstm", 2), ("cnn", 1)])
+def test_servers_take_the_steps_of_one_session(model: str, replicas: int, tmp_path: Path) -> None:
+    graph, kind = step_graph(model, "adamw"), MODELS[model][1]
+    whole = Session(graph, copy=True, compile="eager")
+    expected = train(whole, kind, 4)
+    with serving(graph, Sync(parameter_servers=2, copies=False), replicas) as session:
+        found = train(session, kind, 4)
+        after = values_of(session)
+        assert found == pytest.approx(expected, rel=1e-9)
+        for name, value in whole.variables.items():
+            torch.testing.assert_close(after[name], value, rtol=1e-9, atol=1e-9)
+        # A batch with fewer examples than replicas, and one of another size.
+        for size in (1, 2 * EXAMPLES) if model != "cnn" else ():
+            batch = batch_of(kind, size, 9)
+            torch.testing.assert_close(session.run([TRAIN, "hits"], batch)[1], whole.run([TRAIN, "hits"], batch)[1])
+        with pytest.raises(FetchError, match=r"'los' is no fetch of a step over servers\. Did you mean 'loss'"):
+            session.run([TRAIN, "los"], batch_of(kind, 2))
+        # What is assigned, or restored, reaches the servers and the workers.
+        name = graph.variables[0].name
+        for each in (session, whole):
+            each.assign(name, torch.zeros_like(whole.variables[name]))
+        assert train(session, kind, 1) == pytest.approx(train(whole, kind, 1), rel=1e-9)
+        whole.save(tmp_path / "saved")
+        train(session, kind, 1)
+        session.restore(tmp_path / "saved")
+        assert train(session, kind, 2, first=5) == pytest.approx(train(whole, kind, 2, first=5), rel=1e-9)
+
+
+def test_lost_processes_cost_no_bit_of_a_synchronous_run() -> None:
+    """A worker, a copy and a server are killed while a step is in flight."""
+    graph = step_graph("cnn", "adamw")
+    with serving(graph, Sync(parameter_servers=2, copies=False), 2) as session:
+        expected, final = train(session, "images", 14), values_of(session)
+    with serving(graph, Sync(parameter_servers=2), 2, spares=1) as session:
+        found = train(session, "images", 2)
+        places = session._pool.places
+        for victim in ("worker", "copy", "server"):
+            until(session, lambda: all_follow(session) and len(session.members) == 7)
+            name = {"worker": worker_of(session), "copy": places[1].copy, "server": places[0].holder}[victim]
+            os.kill(pid_of(session, name), signal.SIGKILL)
+            began_s = time.monotonic()
+            found += train(session, "images", 1, len(found))
+            print(f"{victim} killed: the next step took {time.monotonic() - began_s:.2f} s")
+            found += train(session, "images", 3, len(found))
+        assert found == expected[: len(found)]
+        found += train(session, "images", 14 - len(found), len(found))
+        after = values_of(session)
+    assert found == expected
+    assert all(torch.equal(after[name], value) for name, value in final.items())
+
+
+def test_a_frozen_backup_worker_delays_nobody() -> None:
+    graph = step_graph("mlp", "sgd")
+    with serving(graph, Sync(parameter_servers=1, backup=1, copies=False), 1, spares=0) as session:
+        until(session, lambda: len(session._pool._of("free")) == 2)
+        train(session, "numbers", 20)
+        name = worker_of(session)
+        os.kill(pid_of(session, name), signal.SIGSTOP)
+        times_s = []
+        while name in session._pool.members:
+            began_s = time.monotonic()
+            train(session, "numbers", 1)
+            times_s.append(time.monotonic() - began_s)
+        print(f"{len(times_s)} steps while it was frozen, the longest {max(times_s):.3f} s; {session.dropped} dropped")
+        assert len(times_s) > 3
+        assert max(times_s) < 0.9  # before it was found
+        before = session.dropped
+        until(session, lambda: len(session._pool._of("free")) == 2)
+        train(session, "numbers", 20)
+        assert session.dropped > before  # of two that push the first counts
+
+
+class Line:
+    """Batches of a linear task, and what became of them."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Linear(8, 1, bias=True).double()
+        self.truth = torch.randn(8, 1, dtype=torch.float64)
+        self.generator = torch.Generator().manual_seed(1)
+        self.handed_out = 0
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        self.handed_out += 1
+        x = torch.randn(16, 8, dtype=torch.float64, generator=self.generator)
+        return x, x @ self.truth
+
+    def graph(self) -> Graph:
+        def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            return F.mse_loss(model(batch[0]), batch[1])
+
+        return training_graph(self.model, loss, millrace.optim.adagrad(0.3), self.batch(), seed=0)
+
+
+def test_asynchronous_training_goes_on_whoever_is_lost() -> None:
+    """A worker is killed, a server is killed, its successor frozen; every batch is done, and the task learnt."""
+    line = Line()
+    graph = line.graph()
+    faults = ["worker killed", "server killed", "server frozen"]
+    with serving(graph, Async(), 2, spares=2) as session:
+        until(session, lambda: all_follow(session) and len(session._pool._of("free")) == 2)
+        losses: list[float] = []
+        gone, gap_s, last_s = "", 0.0, time.monotonic()
+        healthy = 0  # steps since all was well again
+        alone = 0  # steps while a worker was missing
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            while faults or healthy < 50:
+                yield line.batch()
+
+        for (_, loss, tau), _ in session.stream([TRAIN, "loss", "staleness"], batches()):
+            now_s = time.monotonic()
+            gap_s, last_s = max(gap_s, now_s - last_s), now_s
+            losses.append(float(loss))
+            assert tau >= 0
+            if gone and gone not in session._pool.members and all_follow(session):
+                print(f"{gone} is replaced; the longest time without an update was {gap_s:.3f} s")
+                gone, healthy = "", 0
+            workers = [m for m in session._pool.members.values() if m.doing in ("free", "work")]
+            alone += len(workers) == 1
+            ready = not gone and len(workers) == 2 and all_follow(session) and session._pool._of("spare")
+            healthy = healthy + 1 if ready else 0
+            if faults and healthy > 30:
+                what = faults.pop(0)
+                gone = worker_of(session) if "worker" in what else session._pool.places[0].holder
+                os.kill(pid_of(session, gone), signal.SIGSTOP if "frozen" in what else signal.SIGKILL)
+                print(what, end=": ")
+                gap_s, healthy, last_s = 0.0, 0, time.monotonic()
+        handed_out = line.handed_out - 1  # one was traced with
+        assert len(losses) == handed_out
+        assert alone > 0  # updates went on without the lost worker
+        assert handed_out <= sum(session.staleness.values()) <= handed_out + session.repeats
+        assert sum(losses[-20:]) < 1e-3 * sum(losses[:20])
+        torch.testing.assert_close(session.read("weight"), line.truth.T, rtol=0.05, atol=0.05)
+        print(f"{len(losses)} updates, staleness {dict(session.staleness)}, {session.repeats} repeated")
+
+
+def test_fetching_and_pushing_now_and_then() -> None:
+    """Gradients of three batches are pushed together; what is left at the end is pushed, too."""
+    line = Line()
+    graph = line.graph()
+    batches = [line.batch() for _ in range(8)]
+    with serving(graph, Async(fetch_every=3, push_every=3, copies=False), 1) as session:
+        found = list(session.stream([TRAIN, "loss"], batches))
+        assert len(found) == 8
+        assert sum(session.staleness.values()) == 3
+        whole = Session(graph, compile="eager", copy=True)
+        assert float(found[2][0][1]) == pytest.approx(float(whole.run("loss", batches[2])))
+        with pytest.raises(FeedError):
+            list(session.stream([TRAIN, "loss"], [batches[0], (torch.zeros(3), torch.zeros(4))]))
+        assert len(list(session.stream([TRAIN, "loss"], batches[:2]))) == 2  # it goes on after that
+
+
+def test_more_servers_than_parameters_are_refused() -> None:
+    with (
+        pytest.raises(SettingError, match="parameter_servers=9"),
+        serving(step_graph("mlp", "sgd"), Async(parameter_servers=9), 1),
+    ):
+        pass
