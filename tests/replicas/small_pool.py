@@ -42,14 +42,15 @@ class Process(NamedTuple):
 
 
 class World(NamedTuple):
-    """A state of everything. wishes: how many were made. faults: crashes, and members that get stuck, still to come."""
+    """A state of everything. wishes: how many were made. faults: crashes, members that get stuck, and connections of
+    copies that break, still to come."""
 
     driver: int
     processes: tuple[Process, ...] = ()
     expected: frozenset[str] = frozenset()
     starting: int = 0
     named: int = 0
-    faults: tuple[int, int] = (0, 0)
+    faults: tuple[int, int, int] = (0, 0, 0)
     wishes: int = 0
     done: tuple[int, ...] = ()
     read: int = 0
@@ -63,6 +64,7 @@ class Scope:
     wishes: tuple[Any, ...]
     crashes: int = 0
     stuck: int = 0
+    breaks: int = 0
     push_every: int = 1
     driver: Callable[[ev.Sizes], Pool] = Pool
 
@@ -81,7 +83,7 @@ class SmallPool:
         """All members that were asked for have joined, and nothing else has happened."""
         driver = self.scope.driver(self.scope.sizes)
         commands = driver.start()
-        world = World(self._number(driver), faults=(self.scope.crashes, self.scope.stuck))
+        world = World(self._number(driver), faults=(self.scope.crashes, self.scope.stuck, self.scope.breaks))
         world = self._do(world, tuple(commands))
         while world.starting:
             world = self._join(world)
@@ -206,7 +208,7 @@ class SmallPool:
                     raise Violation(f"step {step} is done, and {name} has only {has}")
 
     def _judge_failure(self, world: World, reason: str) -> None:
-        if self.scope.crashes + self.scope.stuck - sum(world.faults) < 1:
+        if world.faults == (self.scope.crashes, self.scope.stuck, self.scope.breaks):
             raise Violation(f"the driver gave up without a fault: {reason}")
         for place in self.drivers[world.driver].places:
             living = [p for p in world.processes if p.life == "live" and p.name in (place.holder, place.copy)]
@@ -321,12 +323,17 @@ class SmallPool:
     # -- faults, and small things ---------------------------------------------------------------------------------
 
     def _faults(self, world: World, place: int) -> Iterator[tuple[str, World, bool]]:
-        crashes, stuck = world.faults
+        crashes, stuck, breaks = world.faults
         process = world.processes[place]
         if crashes:
-            yield f"{process.name} dies", self._dies(world._replace(faults=(crashes - 1, stuck)), place), True
+            yield f"{process.name} dies", self._dies(world._replace(faults=(crashes - 1, stuck, breaks)), place), True
+        if breaks and process.follower:
+            fewer = world._replace(faults=(crashes, stuck, breaks - 1))
+            fields = {"member": process.follower, "why": "the connection broke"}
+            alone = process._replace(follower="")
+            yield f"{process.name} loses its copy", self._say(fewer, place, alone, "uncopied", fields), True
         if stuck:
-            fewer = world._replace(faults=(crashes, stuck - 1))
+            fewer = world._replace(faults=(crashes, stuck - 1, breaks))
             yield f"{process.name} gets stuck", self._put(fewer, place, process._replace(life="stuck")), True
 
     def _dies(self, world: World, place: int) -> World:

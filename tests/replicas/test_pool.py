@@ -171,7 +171,7 @@ SCOPES = {
     "async, pushed together, a crash": Scope(
         Sizes(1, 1, spares=0), (Wanted(0), Wanted(1), Wanted(2), FlushWanted()), crashes=1, push_every=2
     ),
-    "async, two crashes": Scope(Sizes(1, 1, spares=0), STEPS[:1], crashes=2),
+    "async, a copy's connection breaks, a crash": Scope(Sizes(1, 1, spares=0), STEPS[:1], crashes=1, breaks=1),
     "sync, two slices, a crash": Scope(
         Sizes(1, 2, spares=0, sync=True), (Wanted(0, 2, 2), Wanted(1, 2, 2), ReadWanted()), crashes=1
     ),
@@ -206,7 +206,8 @@ class Hasty(Pool):
 
 
 @pytest.mark.parametrize(
-    ("driver", "scope"), [(Deaf, "async, two crashes"), (Hasty, "async, pushed together, a crash")]
+    ("driver", "scope"),
+    [(Deaf, "async, a copy's connection breaks, a crash"), (Hasty, "async, pushed together, a crash")],
 )
 def test_a_driver_that_is_wrong_is_found(driver: type[Pool], scope: str) -> None:
     with pytest.raises(Violation):
