@@ -24,7 +24,7 @@ from millrace.replicas.regions import TensorRegion, check_region, layout, to_jso
 from millrace.replicas.server_copy import CopyIn, CopyOut
 from millrace.replicas.server_link import Link
 from millrace.replicas.shard import Lying, Shard
-from millrace.replicas.shard_events import Ack, Configured, Policy, Pushed
+from millrace.replicas.shard_events import Ack, Configured, CopyGained, Policy, Pushed
 from millrace.replicas.shard_state import ShardState
 from millrace.replicas.shard_store import ShardStore, Staged, check_rows
 from millrace.runtime.handshake import Listener

@@ -148,14 +148,26 @@ class ServerSession(RemoteSession):
         self._began_s: dict[str, float] = {}
         self._batch_s: deque[float] = deque(maxlen=50)
         self._tiers: deque[str] = deque(maxlen=replicas)
+        self.closed = False
         self._pool = Pool(_sizes(update, replicas, spares))
         self._carry_out(self._pool.start())
 
     def close(self) -> None:
         """End the processes; what they hold of the variables goes with them."""
+        self.closed = True
         self._hub.close()
         if self._directory is not None:
             self._directory.cleanup()
+
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """The processes that compute batches and are not known to be lost."""
+        there = self._hub.members
+        return tuple(member for member in self._given if member in there)
+
+    def kill(self, member: str) -> None:
+        """End one of the processes by SIGKILL, as a fault would."""
+        self._hub.kill(member, "it was killed on purpose")
 
     # -- running --------------------------------------------------------------------------------------------------
 
