@@ -5,10 +5,7 @@ Every push adds one to every element, so a variable is the number of pushes appl
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from tests.replicas.counting import connected
+from tests.replicas.shard_process import ChildProcess, ShardProcess, push_for_ever
 
 from millrace.errors import WorkerError
 from millrace.replicas.shard_clients import ShardClients
@@ -26,36 +24,12 @@ SIZE = 50_000
 SERVES_AGAIN_S = 2.0  # what issue and users want; measured: some 20 ms on an idle machine
 
 
-class Process:
-    """A shard process."""
-
-    def __init__(self, directory: Path, name: str, **task: Any) -> None:
-        self.address = f"unix:{directory / name}"
-        full = {"who": name, "address": self.address, "size": SIZE, "needed": 0, "workers": [], "copy": False, **task}
-        command = [sys.executable, "-m", "tests.replicas.shard_process", json.dumps(full)]
-        self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def wait(self) -> None:
-        assert self.child.stdout is not None
-        assert self.child.stdout.readline() == "ok\n"
-
-    def tell(self, **said: Any) -> None:
-        assert self.child.stdin is not None
-        self.child.stdin.write(json.dumps(said) + "\n")
-        self.child.stdin.flush()
-        self.wait()
-
-    def kill(self) -> None:
-        self.child.kill()
-        self.child.wait(10.0)
-
-
 class Load(threading.Thread):
     """A worker that pushes ones to two shards until it is told to stop; it moves when shard 0 has."""
 
-    def __init__(self, number: int, addresses: list[str], moved: threading.Event, to: str, *, sync: bool) -> None:
+    def __init__(self, number: int, addresses: list[str], moved: threading.Event, to: str) -> None:
         super().__init__(daemon=True)
-        self.number, self.moved, self.to, self.sync = number, moved, to, sync
+        self.number, self.moved, self.to = number, moved, to
         self.shards = ShardClients([connected(a, f"w{number}", timeout_s=20) for a in addresses])
         self.last_step = 10**9
         self.pushes = 0
@@ -92,26 +66,25 @@ class Load(threading.Thread):
 
 
 @pytest.fixture
-def processes(tmp_path: Path) -> Iterator[list[Process]]:
+def processes(tmp_path: Path) -> Iterator[list[ShardProcess]]:
     """shard 0, its copy, shard 1; made by `start`."""
-    made: list[Process] = []
+    made: list[ShardProcess] = []
     yield made
     for process in made:
         process.kill()
 
 
-def start(made: list[Process], directory: Path, needed: int) -> tuple[Process, Process, Process]:
-    workers = ["w0", "w1"]
+def start(made: list[ShardProcess], directory: Path, needed: int) -> tuple[ShardProcess, ShardProcess, ShardProcess]:
     for name, copy in (("0", False), ("copy", True), ("1", False)):
-        made.append(Process(directory, name, needed=needed, workers=workers, copy=copy))
+        made.append(ShardProcess(directory, name, SIZE, needed, copy=copy))
     for process in made:
-        process.wait()
+        assert process.wait() == "ok"
     first, copy, second = made
     first.tell(attach=copy.address)
     return first, copy, second
 
 
-def content(process: Process) -> float:
+def content(process: ShardProcess) -> float:
     """The number that every element is."""
     into = {"a": torch.empty(SIZE)}
     with connected(process.address, "reader") as reader:
@@ -144,10 +117,10 @@ def end(loads: list[Load]) -> int:
 
 
 @pytest.mark.parametrize("needed", [0, 2], ids=["async", "sync"])
-def test_a_killed_shard_is_taken_over_by_its_copy(needed: int, processes: list[Process], tmp_path: Path) -> None:
+def test_a_killed_shard_is_taken_over_by_its_copy(needed: int, processes: list[ShardProcess], tmp_path: Path) -> None:
     first, copy, second = start(processes, tmp_path, needed)
     moved = threading.Event()
-    loads = [Load(i, [first.address, second.address], moved, copy.address, sync=bool(needed)) for i in range(2)]
+    loads = [Load(i, [first.address, second.address], moved, copy.address) for i in range(2)]
     for load in loads:
         load.start()
     run_until(loads, 50)
@@ -162,9 +135,9 @@ def test_a_killed_shard_is_taken_over_by_its_copy(needed: int, processes: list[P
     assert content(copy) == content(second) == applied
 
 
-def test_a_killed_copy_stops_nobody(processes: list[Process], tmp_path: Path) -> None:
+def test_a_killed_copy_stops_nobody(processes: list[ShardProcess], tmp_path: Path) -> None:
     first, copy, second = start(processes, tmp_path, 0)
-    loads = [Load(i, [first.address, second.address], threading.Event(), "", sync=False) for i in range(2)]
+    loads = [Load(i, [first.address, second.address], threading.Event(), "") for i in range(2)]
     for load in loads:
         load.start()
     run_until(loads, 50)
@@ -173,14 +146,14 @@ def test_a_killed_copy_stops_nobody(processes: list[Process], tmp_path: Path) ->
     assert end(loads) == content(first) == content(second)
 
 
-def test_the_new_shard_gets_a_copy_under_load_and_is_lost_too(processes: list[Process], tmp_path: Path) -> None:
+def test_the_new_shard_gets_a_copy_under_load_and_is_lost_too(processes: list[ShardProcess], tmp_path: Path) -> None:
     first, copy, second = start(processes, tmp_path, 0)
-    third = Process(tmp_path, "third", workers=["w0", "w1"], copy=True)
+    third = ShardProcess(tmp_path, "third", SIZE, copy=True)
     processes.append(third)
     third.wait()
     addresses = [first.address, second.address]
     moved = threading.Event()
-    loads = [Load(i, addresses, moved, copy.address, sync=False) for i in range(2)]
+    loads = [Load(i, addresses, moved, copy.address) for i in range(2)]
     for load in loads:
         load.start()
     run_until(loads, 20)
@@ -200,24 +173,13 @@ def test_the_new_shard_gets_a_copy_under_load_and_is_lost_too(processes: list[Pr
     assert end(loads) == content(third) == content(second)
 
 
-def test_a_worker_killed_while_it_pushes_harms_nobody(processes: list[Process], tmp_path: Path) -> None:
-    process = Process(tmp_path, "0")
+def test_a_worker_killed_while_it_pushes_harms_nobody(processes: list[ShardProcess], tmp_path: Path) -> None:
+    process = ShardProcess(tmp_path, "0", SIZE)
     processes.append(process)
     process.wait()
-    code = (
-        "import sys, torch\n"
-        "from tests.replicas.counting import connected\n"
-        "client, n = connected(sys.argv[1], 'w0'), 0\n"
-        "while True:\n"
-        f"    n += 1; client.push({{'a': torch.ones({SIZE})}}, n, 0, 0); print(n, flush=True)\n"
-    )
-    child = subprocess.Popen([sys.executable, "-c", code, process.address], stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    for _ in range(20):
-        acknowledged = int(child.stdout.readline())
-    child.kill()
-    said = child.stdout.read().split()
-    child.wait()
-    acknowledged = max([acknowledged, *map(int, said)])
-    assert acknowledged <= content(process) <= acknowledged + 1
+    worker = ChildProcess(push_for_ever, process.address, SIZE)
+    acknowledged = [worker.wait() for _ in range(20)]
+    worker.kill()
+    last = max([*acknowledged, *worker.rest()])
+    assert last <= content(process) <= last + 1
     assert os.listdir(tmp_path) == ["0"]
