@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -45,8 +46,8 @@ def free_ports(count: int) -> list[int]:
 def start(task: dict[str, Any], cluster: dict[str, list[str]]) -> list[subprocess.Popen[str]]:
     """All servers, ready."""
     children = []
-    for role, addresses in cluster.items():
-        for number in range(len(addresses)):
+    for role in ("ps", "worker"):  # the chief is this process
+        for number in range(len(cluster[role])):
             full = json.dumps({**task, "role": role, "number": number, "cluster": cluster})
             command = [sys.executable, "-m", "bench.peers.null_tensorflow", full]
             children.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True))
@@ -91,9 +92,9 @@ def main() -> None:
     if "role" in task:
         be_server(task)
         return
-    ports = free_ports(task["shards"] + task["workers"])
+    ports = free_ports(task["shards"] + task["workers"] + 1)
     addresses = [f"127.0.0.1:{port}" for port in ports]
-    cluster = {"ps": addresses[: task["shards"]], "worker": addresses[task["shards"] :]}
+    cluster = {"ps": addresses[: task["shards"]], "worker": addresses[task["shards"] : -1], "chief": addresses[-1:]}
     start_s = time.perf_counter()
     children = start(task, cluster)
     try:
@@ -120,6 +121,8 @@ def main() -> None:
         }
         assert all(np.all(v.numpy()[:1] == 0) for v in variables)
         answer(run, notes)
+    except BaseException:
+        traceback.print_exc()
     finally:
         for child in children:
             child.kill()
