@@ -65,7 +65,9 @@ def encode(push: Push, tables: Sequence[str]) -> bytes:
     for given in push.rows.values():
         for tensor in (given.rows, given.values):
             if tensor.nbytes:
-                parts += [bytes_of(tensor.cpu().contiguous()), bytes(-tensor.nbytes % _ALIGN_BYTES)]
+                parts.append(bytes_of(tensor.cpu().contiguous()))
+                if tensor.nbytes % _ALIGN_BYTES:
+                    parts.append(bytes(-tensor.nbytes % _ALIGN_BYTES))
     return b"".join(parts)
 
 
@@ -105,6 +107,5 @@ def _tensor(content: bytearray, at: int, shape: tuple[int, ...], dtype: torch.dt
     spec = TensorSpec(shape, dtype)
     if spec.size_bytes == 0:
         return torch.empty(shape, dtype=dtype), at
-    count = spec.size_bytes // dtype.itemsize
-    found = torch.frombuffer(content, dtype=dtype, count=count, offset=at).view(shape)
-    return found, at + spec.size_bytes + -spec.size_bytes % _ALIGN_BYTES
+    flat = torch.frombuffer(content, dtype=dtype, count=spec.size_bytes // dtype.itemsize, offset=at)
+    return (flat if len(shape) == 1 else flat.view(shape)), at + spec.size_bytes + -spec.size_bytes % _ALIGN_BYTES

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from millrace.errors import MillraceError, WorkerError
+from millrace.errors import FetchError, MillraceError, WorkerError
 from millrace.graph.signature import TensorSpec
 from millrace.replicas.push_frame import Push, Told, decode, encode_told
 from millrace.replicas.regions import TensorRegion, check_region, layout, to_json
@@ -225,7 +225,9 @@ class _WorkerConnection:
 
     def _rows(self, message: Message) -> None:
         fields, rows = message.fields, message.tensors["rows"]
-        self._store.check_rows(fields["table"], rows)
+        if fields["table"] not in self._tables:
+            raise FetchError(f"{self._store.who} has no table {fields['table']!r}.")
+        check_rows(fields["table"], self._tables[fields["table"]], rows)
         with self._shard.readable(self._link.who, fields["step"], fields["timeout_s"]) as version:
             values = self._store.tensor(fields["table"])[rows]
         self._say("rows", {"version": version}, values=values)

@@ -22,7 +22,7 @@ from millrace.replicas.push_frame import Push, decode_told, encode
 from millrace.replicas.regions import TensorRegion, check_region, from_json
 from millrace.replicas.server_link import Link
 from millrace.replicas.shard_state import NO_LIMIT
-from millrace.replicas.shard_store import Rows, check_rows
+from millrace.replicas.shard_store import Rows, check_rows, check_values
 from millrace.runtime.handshake import dial
 from millrace.runtime.messages import Message
 
@@ -188,7 +188,7 @@ class ShardClient:
         self._check(gradients)
         given = rows or {}
         for table, part in given.items():
-            self._check_rows(table, part.rows, part.values)
+            check_values(table, self._table(table), part)
         if gradients:
             box = self.mailbox(slice)
             for name, gradient in gradients.items():
@@ -210,7 +210,7 @@ class ShardClient:
 
     def start_fetch_rows(self, table: str, rows: Tensor, step: int = 0) -> None:
         """Ask for rows; `finish_fetch_rows` waits for them."""
-        self._check_rows(table, rows)
+        check_rows(table, self._table(table), rows)
         question = _Open("rows", {"table": table, "step": step}, {"rows": rows}, {}, {})
         values: list[Tensor] = []
         if self._without_asking(step, lambda: values.append(self._held(table).index_select(0, rows))) is not None:
@@ -375,10 +375,10 @@ class ShardClient:
         for name, target in into.items():
             target.copy_(self._held(name))
 
-    def _check_rows(self, table: str, rows: Tensor, values: Tensor | None = None) -> None:
-        if table not in self.tables:
-            raise FetchError(f"{self.shard} has no table {table!r}. {did_you_mean(table, list(self.tables))}")
-        check_rows(table, self.tables[table], rows, values)
+    def _table(self, name: str) -> TensorSpec:
+        if name not in self.tables:
+            raise FetchError(f"{self.shard} has no table {name!r}. {did_you_mean(name, list(self.tables))}")
+        return self.tables[name]
 
     def _check(self, gradients: Mapping[str, Tensor]) -> None:
         if gradients and gradients.keys() != self.gradients.keys():

@@ -80,12 +80,6 @@ class ShardStore:
             raise FetchError(f"{self.who} holds no {name!r}. {did_you_mean(name, list(self.region.tensors))}")
         return self.region.tensors[name]
 
-    def check_rows(self, table: str, rows: Tensor, values: Tensor | None = None) -> None:
-        """Raises: FetchError for no table; FeedError as `check_rows`."""
-        if table not in self.tables:
-            raise FetchError(f"{self.who} has no table {table!r}. {did_you_mean(table, list(self.tables))}")
-        check_rows(table, TensorSpec.of(self.region.tensors[table]), rows, values)
-
     def apply(self, pushes: Sequence[Staged], weights: Sequence[float], version: int) -> None:
         """Update the variables with the weighted sum of pushes; they are of `version` then.
 
@@ -138,13 +132,22 @@ def _check(who: str, specs: Mapping[str, TensorSpec], given: Mapping[str, Tensor
             raise FeedError(f"variable {name!r} of {who} is {spec} in the update graph, got {got}.")
 
 
-def check_rows(table: str, spec: TensorSpec, rows: Tensor, values: Tensor | None = None) -> None:
-    """Raises: FeedError for rows that the table does not have, or values that are not of its rows' shape."""
+def check_rows(table: str, spec: TensorSpec, rows: Tensor) -> None:
+    """Raises: FeedError for rows that the table does not have."""
     if rows.ndim != 1 or rows.dtype != torch.int64:
         raise FeedError(f"rows of {table!r} must be int64 [n], got {rows.dtype} {list(rows.shape)}")
-    first, last = (int(end) for end in torch.aminmax(rows)) if rows.numel() else (0, 0)
-    if first < 0 or last >= spec.shape[0] > 0:
+    if not rows.numel():
+        return
+    first, last = (int(end) for end in torch.aminmax(rows))
+    if first < 0 or last >= spec.shape[0]:
         raise FeedError(f"table {table!r} has {spec.shape[0]} rows, asked for {first} to {last}")
-    shape = (len(rows), *spec.shape[1:])
-    if values is not None and (tuple(values.shape) != shape or values.dtype != spec.dtype):
-        raise FeedError(f"{table!r}: {spec.dtype} {list(shape)} expected, got {values.dtype} {list(values.shape)}")
+
+
+def check_values(table: str, spec: TensorSpec, given: Rows) -> None:
+    """Raises: FeedError for gradients of another shape than these rows have; the rows are not looked at."""
+    shape = (given.rows.numel(), *spec.shape[1:])
+    if given.rows.dtype != torch.int64 or tuple(given.values.shape) != shape or given.values.dtype != spec.dtype:
+        raise FeedError(
+            f"{table!r}: int64 rows and {spec.dtype} {list(shape)} expected, got {given.rows.dtype} and "
+            f"{given.values.dtype} {list(given.values.shape)}"
+        )
