@@ -172,9 +172,7 @@ SCOPES = {
         Sizes(1, 1, spares=0), (Wanted(0), Wanted(1), Wanted(2), FlushWanted()), crashes=1, push_every=2
     ),
     "async, a copy's connection breaks, a crash": Scope(Sizes(1, 1, spares=0), STEPS[:1], crashes=1, breaks=1),
-    "sync, two slices, a crash": Scope(
-        Sizes(1, 2, spares=0, sync=True), (Wanted(0, 2, 2), Wanted(1, 2, 2), ReadWanted()), crashes=1
-    ),
+    "sync, two slices, a crash": Scope(Sizes(1, 2, spares=0, sync=True), (Wanted(0, 2, 2), ReadWanted()), crashes=1),
     "sync, a backup, a crash": Scope(Sizes(1, 2, spares=0, sync=True, copies=True), (Wanted(0, 2, 1),), crashes=1),
     "sync, two shards, a crash": Scope(Sizes(2, 1, spares=0, sync=True), (Wanted(0), ReadWanted()), crashes=1),
 }

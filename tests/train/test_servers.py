@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ def test_asynchronous_replicas_train_a_model_and_say_how_stale_they_were(tmp_pat
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 2))
     x = torch.randn(240, 6)
-    y = (x[:, 0] * x[:, 1] > 0).long()
+    y = (x[:, 0] + x[:, 1] > 0).long()
 
     def loss(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(net(batch[0]), batch[1])
@@ -40,9 +41,9 @@ def test_asynchronous_replicas_train_a_model_and_say_how_stale_they_were(tmp_pat
         before = float(loss(model, (x, y)))
     result = fit(model, (x, y), epochs=6, **settings)
     assert result.steps == 180
-    assert result.evaluation["loss"] < 0.8 * before
+    assert result.evaluation["loss"] < 0.5 * before
     with torch.no_grad():
-        assert float(loss(model, (x, y))) == torch.tensor(result.evaluation["loss"]).item()
+        assert float(loss(model, (x, y))) == pytest.approx(result.evaluation["loss"], rel=1e-5)
     told = json.loads((tmp_path / "run" / "staleness.json").read_text())
     assert sum(told["updates_by_staleness"].values()) == 180
     assert told["mean_staleness"] == result.mean_staleness

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from millrace.errors import WorkerError
+from millrace.errors import FeedError, MillraceError, WorkerError
 from millrace.graph.graph import Graph
 from millrace.graph.passes.halves import halves
 from millrace.graph.save import graph_bytes
@@ -28,7 +29,8 @@ class Programs:
     def of(self, feeds: Sequence[Tensor]) -> tuple[int, dict[str, Tensor]]:
         """The number of the program for a slice of this shape, and the slice's feeds by name.
 
-        Raises: WorkerError for a new shape where the graph cannot be traced again; SettingError as `halves`.
+        Raises: WorkerError for a new shape where the graph cannot be traced again; FeedError where the step does not
+            run on it; SettingError as `halves`.
         """
         key: Key = tuple((tuple(feed.shape), feed.dtype) for feed in feeds)
         if key not in self._keys:
@@ -36,11 +38,21 @@ class Programs:
             if tuple((f.spec.shape, f.spec.dtype) for f in graph.feeds) != key:
                 if graph.retrace is None:
                     raise WorkerError("a graph that was loaded from a file cannot be traced for slices of its batch")
-                graph = graph.retrace(self._reader.nest(self._reader.read(tuple(feeds))))
+                graph = self._traced(graph.retrace, feeds)
             number = len(self._keys)
             self._contents[number] = as_tensor(graph_bytes(graph if self._whole else halves(graph).gradients))
             self._keys[key] = number
         return self._keys[key], {f.name: feed for f, feed in zip(self._graph.feeds, feeds, strict=True)}
+
+    def _traced(self, retrace: Callable[[Any], Graph], feeds: Sequence[Tensor]) -> Graph:
+        try:
+            return retrace(self._reader.nest(self._reader.read(tuple(feeds))))
+        except (MillraceError, RuntimeError, ValueError, IndexError, TypeError) as error:
+            shapes = ", ".join(f"{feed.dtype} {list(feed.shape)}" for feed in feeds)
+            notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
+            raise FeedError(
+                f"the step does not run on a batch, or a slice of one, of {shapes}: {error}{notes}"
+            ) from error
 
     def content(self, number: int) -> Tensor:
         """A program as it travels."""
