@@ -258,7 +258,7 @@ class ReplicatedSession(RemoteSession):
         made: dict[str, Tensor] = {}
         self._tiers = {str(fields["tier"]) for fields in done.results.values()}
         for member, slices in done.slices.items():
-            beside = self._beside[member, "done"].tensors
+            beside = self._beside[member, "results"].tensors
             made = made or {n.removeprefix(f"{UPDATE}/"): t for n, t in beside.items() if n.startswith(f"{UPDATE}/")}
             for number in slices:
                 prefix = f"{number}/"
@@ -303,7 +303,8 @@ class ReplicatedSession(RemoteSession):
                 if message.kind == "error":
                     self._failed_in(member, message)
                     return
-                self._beside[member, message.kind] = message
+                kind = "results" if "tier" in message.fields else message.kind
+                self._beside[member, kind] = message
                 told = Said(member, message.kind, message.fields)
         self._carry_out(self._coordinator.handle(told))
 

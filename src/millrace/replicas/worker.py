@@ -26,6 +26,7 @@ from millrace.replicas.protocol import (
     CollectiveFailed,
     Computed,
     ComputeSlices,
+    Fields,
     Formed,
     FormGroup,
     LeaveGroup,
@@ -101,13 +102,15 @@ class _Worker:
         """Do them in their order. Returns: what came of it; at most one of them ends in an event."""
         forming = next((c for c in commands if isinstance(c, FormGroup)), None)
         event: WorkerEvent | None = None
-        try:
-            for command in commands:
+        for command in commands:
+            try:
                 event = self._do(command) or event
-        except WorkerError as error:
-            generation = self._state.generation
-            self._log(f"the collective of generation {generation} failed: {error}")
-            return CollectiveFailed(generation, str(error))
+            except WorkerError as error:
+                if not isinstance(command, FormGroup | Broadcast | AllReduce):
+                    raise  # no fault of the others: this worker must end, not go on with half a step
+                generation = self._state.generation
+                self._log(f"the collective of generation {generation} failed: {error}")
+                return CollectiveFailed(generation, str(error))
         return Formed(forming.generation) if forming is not None else event
 
     def _do(self, command: WorkerCommand) -> WorkerEvent | None:
@@ -156,7 +159,7 @@ class _Worker:
                     self._group.abandon()
                     self._group = None
             case Say(kind, fields):
-                self._line.say(Message(kind, self._told(kind, fields), self._beside(kind)))
+                self._line.say(Message(kind, self._told(kind, fields), self._beside(kind, fields)))
             case Story(text):
                 self._log(text)
         return None
@@ -176,21 +179,26 @@ class _Worker:
         self._results = self._replica.compute(parts)
         self._slices = tuple(slices)
 
-    def _told(self, kind: str, fields: object) -> dict[str, object]:
-        assert isinstance(fields, dict)
-        return {**fields, "tier": self._replica.tier} if kind == "done" else fields
+    def _told(self, kind: str, fields: Fields) -> Fields:
+        return {**fields, "tier": self._replica.tier} if _has_results(kind, fields) else fields
 
-    def _beside(self, kind: str) -> dict[str, Tensor]:
+    def _beside(self, kind: str, fields: Fields) -> dict[str, Tensor]:
         if kind == "values":
             return {VARIABLE + name: value for name, value in self._replica.variables.items()}
-        if kind == "done" and self._results is not None:
+        if _has_results(kind, fields) and self._results is not None:
             found = {
                 f"{number}/{name}": value
                 for number, fetches in zip(self._slices, self._results.fetches, strict=True)
                 for name, value in fetches.items()
             }
-            return {**found, **{f"{UPDATE}/{name}": value for name, value in self._made.items()}}
+            made = self._made if kind == "done" else {}
+            return {**found, **{f"{UPDATE}/{name}": value for name, value in made.items()}}
         return {}
 
     def _log(self, text: str) -> None:
         print(f"{self._line.name}: {text}", file=sys.stderr, flush=True)
+
+
+def _has_results(kind: str, fields: Fields) -> bool:
+    """Whether the results of a step travel beside a message. One that was abandoned may be done without this worker."""
+    return kind == "done" or (kind == "abandoned" and fields["computed"] is not None)
