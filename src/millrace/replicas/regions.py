@@ -50,19 +50,17 @@ def layout(specs: Mapping[str, TensorSpec]) -> tuple[tuple[Place, ...], int]:
 class TensorRegion:
     """A mapped region.
 
-    tensors: by name, in place. populate: take all pages now. descriptor: of the memory; it is closed with the region,
+    tensors: by name, in place. descriptor: of the memory; it is closed with the region,
     and the memory goes with the last tensor in it."""
 
-    def __init__(
-        self, descriptor: int, places: Sequence[Place], *, writable: bool = False, populate: bool = True
-    ) -> None:
+    def __init__(self, descriptor: int, places: Sequence[Place], *, writable: bool = False) -> None:
         self.descriptor = descriptor
         weakref.finalize(self, os.close, descriptor)
         self.places = tuple(places)
         size_bytes = max((_end(place) for place in places), default=_ALIGN_BYTES)
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0)
-        memory = mmap.mmap(descriptor, size_bytes, flags=flags, prot=protection)
+        # All pages now: random rows of a table would be slow for a long time.
+        memory = mmap.mmap(descriptor, size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=protection)
         self._words = memoryview(memory)[:16].cast("Q")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that torch knows no tensors which only can be read

@@ -281,7 +281,7 @@ class ShardClient:
             descriptor = link.receive_region(self.timeout_s)
             places += from_json(said.fields["tables"])
             check_region(descriptor, places, link.who)
-            self._shown = TensorRegion(descriptor, places, populate=False)  # of a table, few pages are ever touched
+            self._shown = TensorRegion(descriptor, places)
 
     def _share(self, slice: int) -> None:
         """Give the shard a mailbox. Where there is none just now, `move_to` does it."""
