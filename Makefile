@@ -6,11 +6,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# How tests run: two processes, one torch thread each.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# How tests run: three processes, one torch thread each; many tests wait for processes of their own.
+PYTEST_ARGS ?= -n 3 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint format types contract bench check clean
+.PHONY: help train cluster-demo test test-long lint format types contract bench check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ cluster-demo: $(VENV)/.installed-zoo  ## train digits in 4 replicas on a local R
 
 test: $(VENV)/.installed-test  ## run all tests (ARGS="tests/graph -k save" for some)
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $(ARGS)
+
+test-long: $(VENV)/.installed-test  ## run the tests that the usual run leaves out for their time
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m long $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## check style and formatting
 	$(BIN)/ruff check .

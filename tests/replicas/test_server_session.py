@@ -89,6 +89,7 @@ def all_follow(session: ServerSession) -> bool:
     return all(place.copy_state == "following" for place in session._pool.places)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("model", "replicas"), [("lstm", 2), ("cnn", 1)])
 def test_servers_take_the_steps_of_one_session(model: str, replicas: int, tmp_path: Path) -> None:
     graph, kind = step_graph(model, "adamw"), MODELS[model][1]
@@ -140,6 +141,7 @@ def test_lost_processes_cost_no_bit_of_a_synchronous_run() -> None:
     assert all(torch.equal(after[name], value) for name, value in final.items())
 
 
+@pytest.mark.long
 def test_a_frozen_backup_worker_delays_nobody() -> None:
     graph = step_graph("mlp", "sgd")
     with serving(graph, Sync(parameter_servers=1, backup=1, copies=False), 1, spares=0) as session:
@@ -226,6 +228,7 @@ def test_asynchronous_training_goes_on_whoever_is_lost() -> None:
         print(f"{len(losses)} updates, staleness {dict(session.staleness)}, {session.repeats} repeated")
 
 
+@pytest.mark.long
 def test_fetching_and_pushing_now_and_then() -> None:
     """Gradients of three batches are pushed together; what is left at the end is pushed, too."""
     line = Line()

@@ -197,6 +197,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.long
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_a_cluster_is_joined_and_what_it_has_no_room_for_is_lost_in_its_time(head: str, tmp_path: Path) -> None:
