@@ -21,7 +21,7 @@ from millrace.errors import WorkerError
 from millrace.replicas.shard_clients import ShardClients
 
 SIZE = 50_000
-SERVES_AGAIN_S = 2.0  # what issue and users want; measured: some 20 ms on an idle machine
+SERVES_AGAIN_S = 2.0  # what users want
 
 
 class Load(threading.Thread):
