@@ -178,7 +178,10 @@ SCOPES = {
 }
 
 
-@pytest.mark.parametrize("name", SCOPES)
+LONGEST = ("async, two workers, a crash", "sync, a backup, a crash")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONGEST)) for name in SCOPES])
 def test_every_order_of_events_ends_well(name: str) -> None:
     found = explore(SmallPool(SCOPES[name]), limit=400_000)
     print(name, found)
