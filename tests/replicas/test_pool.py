@@ -178,7 +178,7 @@ SCOPES = {
 }
 
 
-LONGEST = ("async, two workers, a crash", "sync, a backup, a crash")
+LONGEST = ("async, two workers, a crash", "sync, two slices, a crash", "sync, a backup, a crash")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONGEST)) for name in SCOPES])

@@ -185,6 +185,7 @@ class Line:
         return training_graph(self.model, loss, millrace.optim.adagrad(0.3), self.batch(), seed=0)
 
 
+@pytest.mark.long
 def test_asynchronous_training_goes_on_whoever_is_lost() -> None:
     """A worker is killed, a server is killed, its successor frozen; every batch is done, and the task learnt."""
     line = Line()

@@ -108,7 +108,7 @@ def frozen(pid: int) -> None:
     os.kill(pid, signal.SIGSTOP)
 
 
-@pytest.mark.parametrize(("fault", "slice_"), [(killed, 0), (frozen, 2)])
+@pytest.mark.parametrize(("fault", "slice_"), [(killed, 0), pytest.param(frozen, 2, marks=pytest.mark.long)])
 def test_a_lost_worker_costs_the_step_in_flight_and_no_bit_of_the_result(fault: Fault, slice_: int) -> None:
     """A spare takes its place; the variables are those of a run without faults, bit for bit."""
     graph = step_graph("cnn", "adamw")

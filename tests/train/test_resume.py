@@ -38,6 +38,7 @@ def kill(directory: Path, kills: int, seed: int, *scenarios: str) -> dict[str, A
     return found
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     scenarios = ["arrays", "epochs", "calls", "loader", "stream", "table", "augmented", "text"]
@@ -46,6 +47,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(tmp_path: Pat
     assert sum(outcome["deaths"] for outcome in found.values()) >= len(scenarios)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_runs_with_worker_processes_survive_kills_as_well(tmp_path: Path) -> None:
     found = kill(tmp_path, 2, 2, "workers", "stateful")
