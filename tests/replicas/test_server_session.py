@@ -27,6 +27,8 @@ from millrace.replicas.settings import Async, Sync
 from millrace.runtime.launch import ProcessLauncher
 from millrace.runtime.session import Session
 
+pytestmark = pytest.mark.long
+
 EXAMPLES = 7  # do not divide by 2 or 3
 IDLE_S = 30.0  # for processes to start
 
