@@ -8,9 +8,25 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from typing import IO
+from typing import IO, Protocol
 
 _PR_SET_PDEATHSIG = 1
+
+
+class Child(Protocol):
+    """What can be asked of a child that leads a process group, as `subprocess.Popen` has it."""
+
+    pid: int
+    returncode: int | None  # None until it was waited for; minus its number where a signal ended it
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The `returncode`, once it has ended. Raises: subprocess.TimeoutExpired."""
+        ...
+
+
+def modules_path() -> list[str]:
+    """Where a child is to look for modules, to see the same as this process."""
+    return [os.path.abspath(directory) for directory in sys.path if directory]
 
 
 def start_module(
@@ -31,7 +47,7 @@ def start_module(
         [sys.executable, "-P", "-m", module, *arguments],
         env={
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path if p),
+            "PYTHONPATH": os.pathsep.join(modules_path()),
             **(environment or {}),
         },
         stdin=subprocess.DEVNULL,

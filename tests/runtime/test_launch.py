@@ -17,19 +17,23 @@ from millrace.runtime.launch import ProcessLauncher
 
 PROGRAM = """
 import os, subprocess, sys, time
-name, parent, what = sys.argv[1:]
-assert int(parent) == os.getppid()
-print(name, os.environ["OMP_NUM_THREADS"], os.environ["SECRET"], file=sys.stderr, flush=True)
-if what == "fail":
-    sys.exit("it was not to be")
-if what == "family":
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    print(child.pid, file=sys.stderr, flush=True)
-if what == "orphan":
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    print(child.pid, file=sys.stderr, flush=True)
-    sys.exit(3)
-time.sleep(600)
+
+def main(name, parent, what):
+    assert int(parent) == os.getppid()
+    print(name, os.environ["OMP_NUM_THREADS"], os.environ["SECRET"], file=sys.stderr, flush=True)
+    if what == "fail":
+        sys.exit("it was not to be")
+    if what == "family":
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        print(child.pid, file=sys.stderr, flush=True)
+    if what == "orphan":
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        print(child.pid, file=sys.stderr, flush=True)
+        sys.exit(3)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
 """
 
 

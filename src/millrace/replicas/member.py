@@ -25,7 +25,8 @@ from millrace.runtime.device_worker import error_message, hold_to
 from millrace.runtime.handshake import dial
 from millrace.runtime.messages import LONGEST_WAIT_S, Message
 
-_WARM = ("millrace.runtime.session", "millrace.compile.tiered")  # what roles need, so that they begin at once
+for _module in ("millrace.runtime.session", "millrace.compile.tiered"):  # roles need them, and are to begin at once
+    importlib.import_module(_module)
 _DIAL_S = 30.0
 _USER_TIMEOUT_MS = 5000  # a cut cable is noticed when beats are not acknowledged for so long
 
@@ -44,7 +45,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--memory-bytes", type=int)
     asked = parser.parse_args(arguments)
     end_with(asked.parent)
-    for module in (*asked.imports, *_WARM):
+    for module in asked.imports:
         importlib.import_module(module)
     torch.ones(64, 64).matmul(torch.ones(64, 64))  # the first product starts threads
     if asked.memory_bytes is not None:

@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from millrace.child_process import start_module
+from millrace.child_process import Child
+from millrace.fork_server import fork_module
 
 _END_TIMEOUT_S = 10.0
 _TAIL_BYTES = 4096
@@ -70,12 +71,12 @@ class ProcessLauncher:
         self._arguments = tuple(arguments)
         self._threads = threads
         self._directory = directory
-        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._children: dict[str, Child] = {}
 
     def start(self, name: str, environment: Mapping[str, str]) -> None:
         """See `Launcher.start`."""
         with open(self._log(name), "wb") as log:
-            self._children[name] = start_module(
+            self._children[name] = fork_module(
                 self._module,
                 [name, str(os.getpid()), *self._arguments],
                 errors=log,
@@ -111,26 +112,24 @@ class ProcessLauncher:
         return self._directory / f"{name}.log"
 
 
-def kill_group(child: subprocess.Popen[bytes]) -> None:
+def kill_group(child: Child) -> None:
     """SIGKILL a child that leads a process group, and all in it."""
     if child.returncode is None:  # until it is waited for, nobody else can have its number
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, signal.SIGKILL)
 
 
-def exit_of(child: subprocess.Popen[bytes]) -> str | None:
+def exit_of(child: Child) -> str | None:
     """How a child that leads a process group ended; None while it lives. Whoever is left in its group is killed."""
     if child.returncode is None:
         if os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             return None
         kill_group(child)
-        child.wait()
-    if child.returncode < 0:
-        return f"was killed by {signal.Signals(-child.returncode).name}"
-    return f"exited with {child.returncode}"
+    status = child.wait()
+    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with {status}"
 
 
-def end_all(children: Collection[subprocess.Popen[bytes]]) -> None:
+def end_all(children: Collection[Child]) -> None:
     """Kill children that lead process groups, and wait until none is left."""
     for child in children:
         kill_group(child)

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from millrace import errors
-from millrace.child_process import start_module
+from millrace.child_process import Child
 from millrace.errors import MillraceError, WorkerError
+from millrace.fork_server import fork_module
 from millrace.place.cluster import Device
 from millrace.runtime.messages import LONGEST_WAIT_S, Message, receive, send, silent
 
@@ -56,7 +57,7 @@ class ProcessWorkers:
     def __init__(self, devices: Sequence[Device], *, imports: Sequence[str] = (), hold_to_memory: bool = False) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="millrace-workers-")  # only this user may enter it
         self.directory = Path(self._temporary.name)
-        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._children: dict[str, Child] = {}
         self._connections: dict[str, socket.socket] = {}
         self._finalizer = weakref.finalize(self, _end, self._children, self._connections, self._temporary)
         for device in devices:
@@ -163,9 +164,9 @@ def answered_error(answers: Mapping[str, Message]) -> MillraceError | None:
     return WorkerError("\n".join(waits)) if waits else None
 
 
-def _start(connection: socket.socket, log: IO[bytes], device: Device) -> subprocess.Popen[bytes]:
+def _start(connection: socket.socket, log: IO[bytes], device: Device) -> Child:
     threads = {"OMP_NUM_THREADS": str(device.threads), "MKL_NUM_THREADS": str(device.threads)}
-    return start_module(
+    return fork_module(
         "millrace.runtime.device_worker",
         [str(connection.fileno()), str(os.getpid())],
         errors=log,
@@ -175,7 +176,7 @@ def _start(connection: socket.socket, log: IO[bytes], device: Device) -> subproc
 
 
 def _end(
-    children: dict[str, subprocess.Popen[bytes]],
+    children: dict[str, Child],
     connections: dict[str, socket.socket],
     directory: tempfile.TemporaryDirectory[str],
 ) -> None:
