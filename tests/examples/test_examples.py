@@ -190,7 +190,6 @@ def test_a_table_on_the_cpu_learns_with_a_dense_part_elsewhere(tmp_path: Path) -
     assert float(accuracy[1]) >= 0.85
 
 
-@pytest.mark.long
 def test_replicas_that_are_killed_end_with_the_weights_of_those_that_are_not(tmp_path: Path) -> None:
     printed = output("replicas_that_die.py", cwd=tmp_path)
     found = re.search(r"accuracy ([\d.]+); the largest difference of a weight .*: ([\de.-]+)", printed)

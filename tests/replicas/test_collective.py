@@ -23,8 +23,6 @@ from millrace.replicas.gloo_group import GlooGroup
 from millrace.replicas.rendezvous import GRACE_S, Rendezvous, StoreAddress
 from millrace.replicas.shared_group import SharedGroup
 
-pytestmark = pytest.mark.long
-
 PROGRAM = Path(__file__).with_name("collective_rank.py")
 KINDS = ["gloo", "shared"]
 # Of the sum of magnitudes. bfloat16 is rounded twice, by at most 2^-8 each.

@@ -225,10 +225,14 @@ def test_a_member_that_cannot_start_is_lost_with_the_reason(tmp_path: Path) -> N
     assert (open_files(), threading.active_count()) == (files, threads)
 
 
-@pytest.mark.long
-def test_a_member_that_does_not_start_in_time_is_lost_and_closing_leaves_nothing(tmp_path: Path) -> None:
+def test_a_member_that_does_not_start_in_time_is_lost_and_closing_leaves_nothing(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = tmp_path_factory.mktemp("modules")
+    (modules / "slow_to_import.py").write_text("import time; time.sleep(600)")
+    monkeypatch.syspath_prepend(str(modules))
     files, threads = open_files(), threading.active_count()
-    launcher = ProcessLauncher(MEMBER, [], 1, tmp_path)
+    launcher = ProcessLauncher(MEMBER, ["--imports", "slow_to_import"], 1, tmp_path)
     hub = Hub(launcher, TOKEN, tmp_path, print, start_within_s=0.1)
     assert hub.start(1) == ["m0"]
     event = hub.next(5.0)
@@ -244,7 +248,6 @@ def test_a_member_that_does_not_start_in_time_is_lost_and_closing_leaves_nothing
         hub.start(1)
 
 
-@pytest.mark.long
 def test_a_member_ends_with_its_line_also_while_its_role_computes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,7 +301,6 @@ def driver(directory: Path) -> Iterator[tuple[subprocess.Popen[str], list[int], 
         process.stdout.close()
 
 
-@pytest.mark.long
 def test_a_driver_that_slept_blames_nobody_and_when_it_is_killed_its_members_end(tmp_path: Path) -> None:
     with driver(tmp_path) as (process, pids, lines):
         everybody = [process.pid, *pids]

@@ -60,13 +60,7 @@ SCOPES = {
 }
 
 
-LONGEST = ("3 workers, two die", "2 workers and a spare, two die")
-
-
-@pytest.mark.parametrize(
-    "scope",
-    [pytest.param(scope, id=name, marks=[pytest.mark.long] * (name in LONGEST)) for name, scope in SCOPES.items()],
-)
+@pytest.mark.parametrize("scope", SCOPES.values(), ids=SCOPES.keys())
 def test_every_run_ends_with_the_variables_of_a_run_without_faults(scope: Scope) -> None:
     found = explore(SmallWorld(scope))
     print(found)

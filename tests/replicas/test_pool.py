@@ -178,10 +178,7 @@ SCOPES = {
 }
 
 
-LONGEST = ("async, two workers, a crash", "sync, two slices, a crash", "sync, a backup, a crash")
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONGEST)) for name in SCOPES])
+@pytest.mark.parametrize("name", SCOPES)
 def test_every_order_of_events_ends_well(name: str) -> None:
     found = explore(SmallPool(SCOPES[name]), limit=400_000)
     print(name, found)

@@ -20,8 +20,6 @@ from tests.replicas.shard_process import ChildProcess, ShardProcess, push_for_ev
 from millrace.errors import WorkerError
 from millrace.replicas.shard_clients import ShardClients
 
-pytestmark = pytest.mark.long
-
 SIZE = 50_000
 SERVES_AGAIN_S = 2.0  # what users want
 

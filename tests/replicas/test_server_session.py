@@ -27,8 +27,6 @@ from millrace.replicas.settings import Async, Sync
 from millrace.runtime.launch import ProcessLauncher
 from millrace.runtime.session import Session
 
-pytestmark = pytest.mark.long
-
 EXAMPLES = 7  # do not divide by 2 or 3
 IDLE_S = 30.0  # for processes to start
 
@@ -91,7 +89,6 @@ def all_follow(session: ServerSession) -> bool:
     return all(place.copy_state == "following" for place in session._pool.places)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("model", "replicas"), [("lstm", 2), ("cnn", 1)])
 def test_servers_take_the_steps_of_one_session(model: str, replicas: int, tmp_path: Path) -> None:
     graph, kind = step_graph(model, "adamw"), MODELS[model][1]
@@ -143,7 +140,6 @@ def test_lost_processes_cost_no_bit_of_a_synchronous_run() -> None:
     assert all(torch.equal(after[name], value) for name, value in final.items())
 
 
-@pytest.mark.long
 def test_a_frozen_backup_worker_delays_nobody() -> None:
     graph = step_graph("mlp", "sgd")
     with serving(graph, Sync(parameter_servers=1, backup=1, copies=False), 1, spares=0) as session:
@@ -161,8 +157,9 @@ def test_a_frozen_backup_worker_delays_nobody() -> None:
         assert max(times_s) < 0.9  # before it was found
         before = session.dropped
         until(session, lambda: len(session._pool._of("free")) == 2)
-        train(session, "numbers", 20)
-        assert session.dropped > before  # of two that push the first counts
+        until(
+            session, lambda: bool(train(session, "numbers", 20)) and session.dropped > before
+        )  # the first of two counts
 
 
 class Line:
@@ -187,18 +184,17 @@ class Line:
         return training_graph(self.model, loss, millrace.optim.adagrad(0.3), self.batch(), seed=0)
 
 
-@pytest.mark.long
 def test_asynchronous_training_goes_on_whoever_is_lost() -> None:
-    """A worker is killed, a server is killed, its successor frozen; every batch is done, and the task learnt."""
+    """Workers and servers are frozen and killed; every batch is done, and the task learnt."""
     line = Line()
     graph = line.graph()
-    faults = ["worker killed", "server killed", "server frozen"]
+    faults = ["worker frozen", "worker killed", "server killed", "server frozen"]
     with serving(graph, Async(), 2, spares=2) as session:
         until(session, lambda: all_follow(session) and len(session._pool._of("free")) == 2)
         losses: list[float] = []
-        gone, gap_s, last_s = "", 0.0, time.monotonic()
+        what, gone, gap_s, last_s = "", "", 0.0, time.monotonic()
         healthy = 0  # steps since all was well again
-        alone = 0  # steps while a worker was missing
+        alone = 0  # steps while a worker was frozen
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             while faults or healthy < 50:
@@ -213,7 +209,7 @@ def test_asynchronous_training_goes_on_whoever_is_lost() -> None:
                 print(f"{gone} is replaced; the longest time without an update was {gap_s:.3f} s")
                 gone, healthy = "", 0
             workers = [m for m in session._pool.members.values() if m.doing in ("free", "work")]
-            alone += len(workers) == 1
+            alone += bool(gone) and what == "worker frozen"
             ready = not gone and len(workers) == 2 and all_follow(session) and session._pool._of("spare")
             healthy = healthy + 1 if ready else 0
             if faults and healthy > 30:
@@ -224,14 +220,13 @@ def test_asynchronous_training_goes_on_whoever_is_lost() -> None:
                 gap_s, healthy, last_s = 0.0, 0, time.monotonic()
         handed_out = line.handed_out - 1  # one was traced with
         assert len(losses) == handed_out
-        assert alone > 0  # updates went on without the lost worker
+        assert alone > 3  # updates went on without it
         assert handed_out <= sum(session.staleness.values()) <= handed_out + session.repeats
         assert sum(losses[-20:]) < 1e-3 * sum(losses[:20])
         torch.testing.assert_close(session.read("weight"), line.truth.T, rtol=0.05, atol=0.05)
         print(f"{len(losses)} updates, staleness {dict(session.staleness)}, {session.repeats} repeated")
 
 
-@pytest.mark.long
 def test_fetching_and_pushing_now_and_then() -> None:
     """Gradients of three batches are pushed together; what is left at the end is pushed, too."""
     line = Line()

@@ -71,7 +71,6 @@ def values_of(session: Session | ReplicatedSession) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in session.variables.items()}
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("model", "replicas"), [("lstm", 2)])
 def test_replicas_take_the_steps_of_one_session(model: str, replicas: int) -> None:
     graph, kind = step_graph(model, "millrace adam clipped"), MODELS[model][1]
@@ -108,7 +107,7 @@ def frozen(pid: int) -> None:
     os.kill(pid, signal.SIGSTOP)
 
 
-@pytest.mark.parametrize(("fault", "slice_"), [(killed, 0), pytest.param(frozen, 2, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("fault", "slice_"), [(killed, 0), (frozen, 2)])
 def test_a_lost_worker_costs_the_step_in_flight_and_no_bit_of_the_result(fault: Fault, slice_: int) -> None:
     """A spare takes its place; the variables are those of a run without faults, bit for bit."""
     graph = step_graph("cnn", "adamw")
@@ -132,7 +131,6 @@ def test_a_lost_worker_costs_the_step_in_flight_and_no_bit_of_the_result(fault: 
             assert found == expected or any("are lost" in story for story in stories)
 
 
-@pytest.mark.long
 def test_survivors_share_the_slices_of_whom_nobody_replaces(monkeypatch: pytest.MonkeyPatch) -> None:
     """The result stays that of the whole batch, with as many slices as before."""
     graph = step_graph("mlp", "adamw")
@@ -148,7 +146,6 @@ def test_survivors_share_the_slices_of_whom_nobody_replaces(monkeypatch: pytest.
         assert any("was lost" in story or "lost" in story for story in session.stories)
 
 
-@pytest.mark.long
 def test_replicas_are_added_and_taken_away_while_it_runs() -> None:
     graph = step_graph("mlp", "adamw")
     whole = Session(graph, copy=True, compile="eager")
@@ -184,7 +181,6 @@ def test_an_error_of_the_model_ends_the_run_and_names_worker_step_and_line() -> 
             session.run([TRAIN, "loss"], bad)
 
 
-@pytest.mark.long
 def test_everybody_lost_at_once_ends_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = step_graph("mlp", "sgd")
     with replicated(graph, 2) as session:

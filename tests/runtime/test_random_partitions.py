@@ -25,8 +25,6 @@ from millrace.place.cluster import Device
 from millrace.runtime.messages import Message
 from millrace.runtime.workers import ProcessWorkers
 
-pytestmark = pytest.mark.long
-
 DEVICES = tuple(f"/host:0/cpu:{i}" for i in range(3))
 SOON_S = 60.0
 STEPS = 2

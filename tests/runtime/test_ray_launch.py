@@ -95,7 +95,6 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Launcher, 
     assert {k for k in changed if not k.startswith("RAY_") and k != "PYTEST_CURRENT_TEST"} == set()
 
 
-@pytest.mark.long
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_members_join_answer_are_killed_and_known_to_be(local: tuple[Launcher, Path]) -> None:

@@ -15,8 +15,6 @@ from millrace.replicas.settings import Async
 from millrace.train.fit import fit
 from millrace.train.run_directory import RunDirectory
 
-pytestmark = pytest.mark.long
-
 
 def test_asynchronous_replicas_train_a_model_and_say_how_stale_they_were(tmp_path: Path) -> None:
     torch.manual_seed(0)
