@@ -87,13 +87,14 @@ def row_step(shards: ShardClients, task: dict[str, Any]) -> Callable[[], None]:
     tables = {name: spec.shape[0] for client in shards.clients for name, spec in client.tables.items()}
     generator = torch.Generator().manual_seed(task["number"])
     sequence, zeros = 0, torch.zeros(count, ROW_WIDTH)
+    found = {name: torch.empty(count, ROW_WIDTH) for name in tables}
 
     def step() -> None:
         nonlocal sequence
         sequence += 1
         wanted = {name: torch.randint(rows, (count,), generator=generator) for name, rows in tables.items()}
-        shards.fetch_rows(wanted)
-        shards.push({}, sequence, 0, [0] * len(shards.clients), rows={t: Rows(r, zeros) for t, r in wanted.items()})
+        versions = shards.fetch({}, rows={t: Rows(r, found[t]) for t, r in wanted.items()})
+        shards.push({}, sequence, 0, versions, rows={t: Rows(r, zeros) for t, r in wanted.items()})
 
     return step
 

@@ -19,7 +19,15 @@ from millrace.compile.eager import compile_eager
 from millrace.errors import FeedError, SettingError
 from millrace.graph.check import check
 from millrace.graph.graph import TRAIN, Graph
-from millrace.graph.passes.fetched_rows import FetchedRows, fetched_rows, padded, row_tables, summed_rows, unique_rows
+from millrace.graph.passes.fetched_rows import (
+    FetchedRows,
+    fetched_rows,
+    looked_up,
+    padded,
+    row_tables,
+    summed_rows,
+    unique_rows,
+)
 from millrace.graph.passes.halves import halves
 from millrace.graph.passes.row_update import row_update
 from millrace.graph.passes.shards import shards
@@ -119,6 +127,29 @@ def test_several_lookups_of_one_table_are_summed_and_padding_has_no_gradient(wor
     batch = (torch.tensor(words[:12]).reshape(3, 4), torch.tensor(words[12:]))
     assert [table.name for table in row_tables(halves(graph))] == ["twice.weight", "padding.weight"]
     against_whole(graph, [batch, batch])
+
+
+class Bags(nn.Module):
+    """Bags of one length, and bags that begin where the batch says."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.even, self.uneven = nn.EmbeddingBag(9, 4, mode=mode), nn.EmbeddingBag(7, 4, mode=mode)
+        self.padded = nn.EmbeddingBag(8, 4, padding_idx=1)
+
+    def forward(self, words: Tensor, starts: Tensor) -> Tensor:
+        return self.even(words) * self.uneven(words.flatten() % 7, starts) + self.padded(words % 8)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags_train_as_with_whole_tables(mode: str) -> None:
+    torch.manual_seed(0)
+    batch = (torch.tensor([[8, 1, 1, 0], [1, 2, 3, 4], [1, 1, 1, 1]]), torch.tensor([0, 1, 8]))
+    model = Bags(mode).double()
+    graph = training_graph(model, lambda m, b: m(*b).square().sum(), millrace.optim.adagrad(0.1), batch)
+    found = {name: bool(reason) for name, reason in looked_up(halves(graph)).items()}
+    assert found == {"even.weight": False, "uneven.weight": False, "padded.weight": True}
+    against_whole(graph, [batch, (batch[0].flip(0), torch.tensor([0, 5, 6]))])
 
 
 def test_slices_push_rows_whose_sum_is_the_whole_batch() -> None:

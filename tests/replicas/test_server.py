@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.replicas.counting import address_in, attach_copy, connected, counting_server, served
-from torch import nn
+from torch import Tensor, nn
 
 from millrace.errors import FeedError, FetchError, WorkerError
 from millrace.graph.passes.halves import halves
@@ -19,13 +19,20 @@ from millrace.graph.passes.row_update import row_update
 from millrace.graph.signature import Role
 from millrace.graph.training import training_graph
 from millrace.replicas.server import ShardServer
-from millrace.replicas.server_client import Receipt
+from millrace.replicas.server_client import Receipt, ShardClient
 from millrace.replicas.shard_clients import ShardClients
 from millrace.replicas.shard_events import Async, Sync
 from millrace.replicas.shard_store import Rows, ShardStore
 
 KINDS = ("unix", "tcp")
 both = pytest.mark.parametrize("kind", KINDS)
+
+
+def rows_of(client: ShardClient, table: str, rows: Tensor, step: int = 0) -> Tensor:
+    spec = client.tables[table]
+    values = torch.empty((len(rows), *spec.shape[1:]), dtype=spec.dtype)
+    client.fetch({}, step, {table: Rows(rows, values)})
+    return values
 
 
 @both
@@ -136,7 +143,7 @@ def test_rows_of_a_table_are_updated_as_the_optimizer_does(kind: str, tmp_path: 
             client.push_rows(name, rows, values, step + 1, step, step)
             expected.grad = torch.zeros_like(expected).index_add_(0, rows, values)
             dense.step()
-        torch.testing.assert_close(client.fetch_rows(name, torch.arange(50)), expected.detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(rows_of(client, name, torch.arange(50)), expected.detach(), rtol=1e-12, atol=1e-12)
 
 
 def test_rows_of_several_workers_are_averaged_with_what_is_dense(tmp_path: Path) -> None:
@@ -146,7 +153,7 @@ def test_rows_of_several_workers_are_averaged_with_what_is_dense(tmp_path: Path)
         ones = Rows(torch.tensor([1, 3]), torch.ones(2, 2))
         one.push({"a": torch.ones(2)}, 1, 0, 0, slice=0, rows={"t": ones})
         other.push({"a": torch.ones(2)}, 1, 0, 0, slice=1, rows={"t": Rows(torch.tensor([3]), torch.ones(1, 2))})
-        assert one.fetch_rows("t", torch.arange(5), step=1)[:, 0].tolist() == [0.0, 0.5, 0.0, 1.0, 0.0]
+        assert rows_of(one, "t", torch.arange(5), step=1)[:, 0].tolist() == [0.0, 0.5, 0.0, 1.0, 0.0]
         into = {"a": torch.empty(2)}
         assert other.fetch(into, step=1) == 1
         assert into["a"].tolist() == [1.0, 1.0]
@@ -162,11 +169,11 @@ def test_what_does_not_fit_is_refused_and_the_connection_goes_on(kind: str, tmp_
         connected(address, "w0") as client,
     ):
         with pytest.raises(FeedError, match="5 rows, asked for 2 to 5"):
-            client.fetch_rows("t", torch.tensor([2, 5]))
+            rows_of(client, "t", torch.tensor([2, 5]))
         with pytest.raises(FeedError, match="expected, got"):
             client.push_rows("t", torch.tensor([2]), torch.ones(1, 3), 1, 0, 0)
         with pytest.raises(FetchError, match="no table 'x'"):
-            client.fetch_rows("x", torch.tensor([2]))
+            client.fetch({}, rows={"x": Rows(torch.tensor([2]), torch.empty(1, 2))})
         with pytest.raises(FeedError, match="'a' for shard 0"):
             client.push({"a": torch.ones(5)}, 1, 0, 0)
         with pytest.raises(FetchError, match="no variable 'q'"):
@@ -235,12 +242,9 @@ def test_many_shards_at_once(tmp_path: Path) -> None:
         assert [receipt.version for receipt in receipts] == [1, 1]
         assert shards.fetch(into) == [1, 1]
         assert [into[name].tolist() for name in names] == [[1.0] * 3, [2.0] * 3]
-        assert {
-            n: tuple(t.shape) for n, t in shards.fetch_rows({"t1": torch.arange(2), "t0": torch.arange(3)}).items()
-        } == {
-            "t1": (2, 2),
-            "t0": (3, 2),
-        }
+        rows = {"t1": Rows(torch.arange(2), torch.ones(2, 2)), "t0": Rows(torch.arange(3), torch.ones(3, 2))}
+        assert shards.fetch(into, rows=rows) == [1, 1]
+        assert not any(wanted.values.any() for wanted in rows.values())
         shards.close()
 
 

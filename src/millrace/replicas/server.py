@@ -174,7 +174,7 @@ class _WorkerConnection:
     def run(self) -> None:
         """Answer until the worker ends."""
         self._welcome()
-        ask = {"fetch": self._fetch, "rows": self._rows, "mailbox": self._mailbox}
+        ask = {"fetch": self._fetch, "mailbox": self._mailbox}
         while True:
             message = self._link.receive_any()
             if isinstance(message, Message) and message.kind not in ask:
@@ -211,8 +211,13 @@ class _WorkerConnection:
 
     def _fetch(self, message: Message) -> None:
         fields = message.fields
+        for table, rows in message.tensors.items():
+            if table not in self._tables:
+                raise FetchError(f"{self._store.who} has no table {table!r}.")
+            check_rows(table, self._tables[table], rows)
         with self._shard.readable(self._link.who, fields["step"], fields["timeout_s"]) as version:
             found = [self._copied(name) for name in fields["inline"] or ()]
+            found += [self._store.tensor(table)[rows] for table, rows in message.tensors.items()]
         self._say("fetched", {"version": version})
         self._link.send_tensors(found, fields["timeout_s"])
 
@@ -222,15 +227,6 @@ class _WorkerConnection:
         if name not in self._snapshot:
             self._snapshot[name] = live.clone()
         return self._snapshot[name].copy_(live)
-
-    def _rows(self, message: Message) -> None:
-        fields, rows = message.fields, message.tensors["rows"]
-        if fields["table"] not in self._tables:
-            raise FetchError(f"{self._store.who} has no table {fields['table']!r}.")
-        check_rows(fields["table"], self._tables[fields["table"]], rows)
-        with self._shard.readable(self._link.who, fields["step"], fields["timeout_s"]) as version:
-            values = self._store.tensor(fields["table"])[rows]
-        self._say("rows", {"version": version}, values=values)
 
     def _push(self, push: Push) -> None:
         region, gradients = None, {}

@@ -10,9 +10,10 @@ whatever was open; a shard that has the push already says so and does not apply 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from millrace import errors
@@ -45,14 +46,14 @@ class Receipt:
 
 @dataclass
 class _Open:
-    """A question without an answer yet. into: where a fetch goes."""
+    """A question without an answer yet. into, rows: where a fetch goes. dense: the gradients of a push."""
 
     kind: str
-    fields: dict[str, Any]
-    tensors: Mapping[str, Tensor]
-    dense: Mapping[str, Tensor]
-    into: Mapping[str, Tensor]
-    frame: bytes = b""  # instead of fields and tensors
+    fields: dict[str, Any] = field(default_factory=dict)
+    into: Mapping[str, Tensor] = field(default_factory=dict)
+    rows: Mapping[str, Rows] = field(default_factory=dict)
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
+    frame: bytes = b""  # instead of fields
     found: Any = None  # the answer, where nobody had to be asked
 
 
@@ -81,15 +82,18 @@ class ShardClient:
 
     # -- one thing at a time --------------------------------------------------------------------------------------
 
-    def fetch(self, into: Mapping[str, Tensor], step: int = 0) -> int:
-        """Copy variables into the worker's own tensors, all of one version.
+    def fetch(self, into: Mapping[str, Tensor], step: int = 0, rows: Mapping[str, Rows] | None = None) -> int:
+        """Copy variables, and some rows of tables, into the worker's own tensors, all of one version.
 
-        Args: step: in sync mode, for which step; the shard answers when the one before is complete.
+        Args:
+            step: in sync mode, for which step; the shard answers when the one before is complete.
+            rows: of tables by name: which, and `values`, contiguous, to be filled with them.
 
         Returns: their version.
-        Raises: WorkerError when the shard has ended or lets one wait too long, and for whom it waited; FetchError.
+        Raises: WorkerError when the shard has ended or lets one wait too long, and for whom it waited; FetchError;
+            FeedError for rows that a table does not have.
         """
-        self.start_fetch(into, step)
+        self.start_fetch(into, step, rows)
         return self.finish_fetch()
 
     def push(
@@ -119,11 +123,6 @@ class ShardClient:
         self.start_push(gradients, sequence, step, version, slice=slice, examples=examples, rows=rows)
         return self.finish_push()
 
-    def fetch_rows(self, table: str, rows: Tensor, step: int = 0) -> Tensor:
-        """Some rows of a table. rows: int64 [n]. Returns: [n, ...]. Raises: as `fetch`; FeedError for no such row."""
-        self.start_fetch_rows(table, rows, step)
-        return self.finish_fetch_rows()
-
     def push_rows(
         self, table: str, rows: Tensor, values: Tensor, sequence: int, step: int, version: int, *, slice: int = 0
     ) -> Receipt:
@@ -142,14 +141,17 @@ class ShardClient:
 
     # -- in two halves, so that several shards work at once -------------------------------------------------------
 
-    def start_fetch(self, into: Mapping[str, Tensor], step: int = 0) -> None:
-        """Ask for variables; `finish_fetch` waits for them."""
+    def start_fetch(self, into: Mapping[str, Tensor], step: int = 0, rows: Mapping[str, Rows] | None = None) -> None:
+        """Ask for variables and rows; `finish_fetch` waits for them."""
         for name in into:
             if name not in self.variables:
                 known = list(self.variables)
                 raise FetchError(f"{self.shard} has no variable {name!r} to fetch. {did_you_mean(name, known)}")
-        question = _Open("fetch", {"step": step, "inline": None}, {}, {}, into)
-        question.found = self._without_asking(step, lambda: self._copy(into))
+        for table, wanted in (rows or {}).items():
+            check_rows(table, self._table(table), wanted.rows)
+            check_values(table, self._table(table), wanted)
+        question = _Open("fetch", {"step": step, "inline": None}, into, rows or {})
+        question.found = self._without_asking(step, lambda: self._copy(question))
         self._ask(question)
 
     def finish_fetch(self) -> int:
@@ -159,10 +161,10 @@ class ShardClient:
         while asked.found is None:
             version: int = self._said().fields["version"]
             if asked.fields["inline"] is not None:
-                self._receive(asked.into.values())
+                self._receive([*asked.into.values(), *(wanted.values for wanted in asked.rows.values())])
                 asked.found = version
                 break
-            asked.found = self._of_version(version, lambda: self._copy(asked.into))
+            asked.found = self._of_version(version, lambda: self._copy(asked))
             if asked.found is not None:
                 break
             tries += 1
@@ -196,7 +198,7 @@ class ShardClient:
                     box[name].copy_(gradient)
             gradients = box
         push = Push(sequence, step, version, slice, examples, self.timeout_s, bool(gradients), given)
-        self._ask(_Open("push", {}, {}, gradients, {}, encode(push, list(self.tables))))
+        self._ask(_Open("push", dense=gradients, frame=encode(push, list(self.tables))))
 
     def finish_push(self) -> Receipt:
         """Returns: what became of it. Raises: as `push`."""
@@ -208,22 +210,6 @@ class ShardClient:
         told = decode_told(said)
         return Receipt(True, told.version, told.tau)
 
-    def start_fetch_rows(self, table: str, rows: Tensor, step: int = 0) -> None:
-        """Ask for rows; `finish_fetch_rows` waits for them."""
-        check_rows(table, self._table(table), rows)
-        question = _Open("rows", {"table": table, "step": step}, {"rows": rows}, {}, {})
-        values: list[Tensor] = []
-        if self._without_asking(step, lambda: values.append(self._held(table).index_select(0, rows))) is not None:
-            question.found = values[-1]
-        self._ask(question)
-
-    def finish_fetch_rows(self) -> Tensor:
-        """Returns: the rows. Raises: as `fetch_rows`."""
-        asked = self._waiting("rows")
-        values: Tensor = self._said().tensors["values"] if asked.found is None else asked.found
-        self._open = None
-        return values
-
     @property
     def connected(self) -> bool:
         """Whether there is a connection. After an error without one the shard has ended, or is stuck."""
@@ -234,7 +220,7 @@ class ShardClient:
     def move_to(self, address: str) -> None:
         """Use the shard at a new address, and ask it again what the old one left open.
 
-        Then call what had failed: `finish_fetch`, `finish_push` or `finish_fetch_rows`. Raises: WorkerError.
+        Then call what had failed: `finish_fetch` or `finish_push`. Raises: WorkerError.
         """
         self.close()
         self._connect(address)
@@ -306,7 +292,9 @@ class ShardClient:
                 self._live.send_frame(question.frame, self.timeout_s)
             else:
                 fields = {**question.fields, "timeout_s": self.timeout_s}
-                self._live.send(question.kind, self.timeout_s, fields, **question.tensors)
+                inline = fields["inline"] is not None
+                named = {table: wanted.rows for table, wanted in question.rows.items() if inline}
+                self._live.send(question.kind, self.timeout_s, fields, **named)
             if question.dense and not self._live.shared:
                 self._live.send_tensors(question.dense.values(), self.timeout_s)
         except WorkerError as error:
@@ -367,13 +355,12 @@ class ShardClient:
         read()
         return version if self._shown.word == 2 * version else None
 
-    def _held(self, name: str) -> Tensor:
+    def _copy(self, asked: _Open) -> None:
         assert self._shown is not None
-        return self._shown.tensors[name]
-
-    def _copy(self, into: Mapping[str, Tensor]) -> None:
-        for name, target in into.items():
-            target.copy_(self._held(name))
+        for name, target in asked.into.items():
+            target.copy_(self._shown.tensors[name])
+        for table, wanted in asked.rows.items():
+            torch.index_select(self._shown.tensors[table], 0, wanted.rows, out=wanted.values)
 
     def _table(self, name: str) -> TensorSpec:
         if name not in self.tables:

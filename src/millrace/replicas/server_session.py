@@ -46,6 +46,7 @@ from millrace.replicas.programs import Programs, as_tensor
 from millrace.replicas.protocol import Expect, Failed, Joined, Lost, ReadWanted, Said, StartMembers, Story, Tell
 from millrace.replicas.regions import layout, to_json
 from millrace.replicas.replica import NEW
+from millrace.replicas.row_plan import row_plan
 from millrace.replicas.server_worker import FEED, FETCH
 from millrace.replicas.settings import Async, Sync
 from millrace.replicas.shard_log import policy_to_json
@@ -99,7 +100,9 @@ class ServerSession(RemoteSession):
         spares: how many processes stand by.
         variables, compile, patience_s, drop_failing, directory: as for `ReplicatedSession`.
 
-    Attributes: staleness: how many updates had each number of updates between their fetch and their turn.
+    Attributes:
+        staleness: how many updates had each number of updates between their fetch and their turn.
+        tables: the variables of which only rows travel.
 
     Raises: SettingError for a step that cannot be divided so.
     """
@@ -121,11 +124,15 @@ class ServerSession(RemoteSession):
     ) -> None:
         super().__init__(graph, variables, say)
         whole = halves(graph)
-        self._shards = shards(whole.update, update.parameter_servers)
+        plan = row_plan(whole, shards(whole.update, update.parameter_servers))
+        for note in plan.notes:
+            say(note)
+        self._shards, self.tables = plan.shards, plan.tables
         self._exchanged = {feed.name for feed in whole.exchanged}
         self._fetches = {TRAIN, *whole.gradients.fetches} - self._exchanged
         held = {name for part in self._shards for name in part.variables}
-        self._held = [v.name for v in whole.gradients.variables if v.name in held]  # what workers fetch
+        # What workers fetch whole.
+        self._held = [v.name for v in whole.gradients.variables if v.name in held and v.name not in self.tables]
         self._sync = isinstance(update, Sync)
         self._kept = Kept(whole.gradients, held, self._own.variables, sync=self._sync)
         self.measures = () if self._sync else (STALENESS,)
@@ -136,7 +143,7 @@ class ServerSession(RemoteSession):
         self._compile, self._patience_s, self._drop_failing, self._say = compile, patience_s, drop_failing, say
         self._reader = FeedReader(graph, Memory([]))
         self._ranges = feed_ranges(graph)
-        self._programs = Programs(graph, self._reader)
+        self._programs = Programs(graph, self._reader, tables=self.tables)
         self._given: dict[str, set[int]] = {}  # which programs each worker has
         self._step = 0  # the next one
         self._open: dict[int, _Open] = {}
@@ -442,7 +449,8 @@ class ServerSession(RemoteSession):
             wanted.given = self._kept.given()  # a slice that is given out again is given the same
         if key not in self._given[member]:
             self._given[member].add(key)
-            self._hub.send(member, Message("program", {"key": key}, {GRAPH: self._programs.content(key)}))
+            program = {GRAPH: self._programs.content(key), **self._programs.indices(key)}
+            self._hub.send(member, Message("program", {"key": key}, program))
         number = slice_ if self._sync else step
         fields |= {"key": key, "number": number, "examples": examples, "timeout_s": self._patience() / 2}
         self._began_s[member] = time.monotonic()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,11 +17,13 @@ from torch import Tensor
 
 from millrace.errors import WorkerError
 from millrace.graph.save import graph_from_bytes
+from millrace.replicas.batch_rows import BatchRows, added
 from millrace.replicas.line import Line
-from millrace.replicas.programs import as_bytes
+from millrace.replicas.programs import INDICES, as_bytes
 from millrace.replicas.replica import NEW, Gradients
 from millrace.replicas.server_client import Receipt, ShardClient
 from millrace.replicas.shard_clients import ShardClients
+from millrace.replicas.shard_store import Rows
 from millrace.replicas.worker import GRAPH, VARIABLE
 from millrace.runtime.messages import LONGEST_WAIT_S, Message
 
@@ -53,10 +55,13 @@ class _ServerWorker:
         self._held = {n: torch.empty(specs[n].shape, dtype=specs[n].dtype) for n in fields["held"]}
         own = {n.removeprefix(VARIABLE): t for n, t in role.tensors.items()}
         self._exchanged = tuple(name for client in self._clients for name in client.gradients)
+        tables = {name: spec for client in self._clients for name, spec in client.tables.items()}
+        self._rows = BatchRows(tables)
         self._gradients = Gradients(self._exchanged, {**own, **self._held}, compile=fields["compile"], say=self._log)
         self._versions: list[int] = []  # of the last fetch
         self._fetched_for = 0  # how many batches were computed since
         self._sums: dict[str, Tensor] = {}  # gradients that are not pushed yet
+        self._row_sums: dict[str, Rows] = {}
         self._sums_versions: list[int] = []  # of the variables that the first of them was computed with
         self._unpushed: list[tuple[int, int]] = []  # step and slice of each batch in the sums
         self._sequence = 0
@@ -72,6 +77,9 @@ class _ServerWorker:
                 case "program":
                     graph = graph_from_bytes(as_bytes(message.tensors[GRAPH]))
                     self._gradients.load(message.fields["key"], graph)
+                    if INDICES in message.tensors:
+                        indices = graph_from_bytes(as_bytes(message.tensors[INDICES]))
+                        self._rows.load(message.fields["key"], indices)
                 case "write":
                     self._take(message)
                     self._versions = []
@@ -91,15 +99,14 @@ class _ServerWorker:
         step, slice_ = fields["step"], fields["slice"]
         self._timeout_s = fields["timeout_s"]
         self._take(message)
-        if not self._versions or self._fetched_for >= self._fetch_every:
-            self._line.progress(f"fetching the variables for step {step}")
-            self._versions = self._with_shards(partial(self._shards.fetch, self._held, step))
-            self._fetched_for = 0
-        self._line.progress(f"computing slice {slice_} of step {step}")
         feeds = {n.removeprefix(FEED): t for n, t in message.tensors.items() if n.startswith(FEED)}
-        values = self._gradients.values(fields["number"], fields["key"], feeds)
+        named = self._rows.named(fields["key"], feeds)
+        self._fetch(step, named.wanted)
+        self._line.progress(f"computing slice {slice_} of step {step}")
+        values = self._gradients.values(fields["number"], fields["key"], {**feeds, **named.feeds})
         self._fetched_for += 1
-        self._add({name: values.pop(name) for name in self._exchanged}, (step, slice_))
+        rows = self._rows.gradients(named, values)
+        self._add({name: values.pop(name) for name in self._exchanged}, rows, (step, slice_))
         if len(self._unpushed) >= self._push_every:
             self._line.progress(f"pushing the gradients of step {step}")
             told = self._push(examples=fields["examples"])
@@ -108,16 +115,27 @@ class _ServerWorker:
         found = {n if n.startswith(NEW) else FETCH + n: value for n, value in values.items()}
         self._line.say(Message("done", {**told, "step": step, "slice": slice_, "tier": self._gradients.tier}, found))
 
+    def _fetch(self, step: int, rows: Mapping[str, Rows]) -> None:
+        """Take the variables, if it is time, and the rows of a batch."""
+        is_time = not self._versions or self._fetched_for >= self._fetch_every
+        if not is_time and not rows:
+            return
+        self._line.progress(f"fetching the variables for step {step}")
+        versions = self._with_shards(partial(self._shards.fetch, self._held if is_time else {}, step, rows))
+        if is_time:
+            self._versions, self._fetched_for = versions, 0
+
     def _take(self, message: Message) -> None:
         for name, value in message.tensors.items():
             if name.startswith(VARIABLE):
                 self._gradients.variables[name.removeprefix(VARIABLE)].copy_(value)
 
-    def _add(self, gradients: dict[str, Tensor], work: tuple[int, int]) -> None:
+    def _add(self, gradients: dict[str, Tensor], rows: dict[str, Rows], work: tuple[int, int]) -> None:
         if not self._unpushed:
-            self._sums, self._sums_versions = gradients, self._versions
+            self._sums, self._row_sums, self._sums_versions = gradients, rows, self._versions
         else:
             self._sums = {name: self._sums[name] + gradient for name, gradient in gradients.items()}
+            self._row_sums = added(self._row_sums, rows)
         self._unpushed.append(work)
 
     def _push(self, examples: int) -> dict[str, Any]:
@@ -133,9 +151,10 @@ class _ServerWorker:
                 self._sums_versions,
                 slice=slice_,
                 examples=examples,
+                rows=self._row_sums,
             )
         )
-        pushed, self._unpushed, self._sums = self._unpushed, [], {}
+        pushed, self._unpushed, self._sums, self._row_sums = self._unpushed, [], {}, {}
         return {
             "pushed": pushed,
             "versions": [receipt.version for receipt in receipts],

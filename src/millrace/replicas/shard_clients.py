@@ -27,14 +27,23 @@ class ShardClients:
         self._left: dict[int, Callable[[], Any]] = {}  # shard -> waits for its answer
         self._done: dict[int, Any] = {}
 
-    def fetch(self, into: Mapping[str, Tensor], step: int = 0) -> list[int]:
-        """Copy variables from all shards. Returns: the version of each shard. Raises: as `ShardClient.fetch`."""
+    def fetch(self, into: Mapping[str, Tensor], step: int = 0, rows: Mapping[str, Rows] | None = None) -> list[int]:
+        """Copy variables, and rows of tables, from all shards.
+
+        Args: as `ShardClient.fetch`. Returns: the version of each shard. Raises: as `ShardClient.fetch`.
+        """
+        given = rows or {}
         parts = [{n: t for n, t in into.items() if n in client.variables} for client in self.clients]
-        missing = into.keys() - {name for part in parts for name in part}
+        tables = [{n: r for n, r in given.items() if n in client.tables} for client in self.clients]
+        known = {name for client in self.clients for name in (*client.variables, *client.tables)}
+        missing = (into.keys() | given.keys()) - known
         if missing:
             raise FeedError(f"no shard holds {', '.join(sorted(missing))}.")
         return self._all(
-            [(c.finish_fetch, partial(c.start_fetch, p, step)) for c, p in zip(self.clients, parts, strict=True)]
+            [
+                (client.finish_fetch, partial(client.start_fetch, part, step, named))
+                for client, part, named in zip(self.clients, parts, tables, strict=True)
+            ]
         )
 
     def push(
@@ -57,19 +66,6 @@ class ShardClients:
             client.start_push(mine, sequence, step, version, slice=slice, examples=examples, rows=tables)
 
         return self._all([(c.finish_push, partial(start, c, v)) for c, v in zip(self.clients, versions, strict=True)])
-
-    def fetch_rows(self, tables: Mapping[str, Tensor], step: int = 0) -> dict[str, Tensor]:
-        """Some rows of at most one table of each shard. tables: name -> rows, int64 [n]. Returns: [n, ...] by table."""
-        holders = {table: c for table in tables for c in self.clients if table in c.tables}
-        if holders.keys() != tables.keys() or len(set(map(id, holders.values()))) < len(tables):
-            raise FeedError(f"{', '.join(tables)}: every table must be on a shard, and each on another one.")
-        found = self._all(
-            [
-                (c.finish_fetch_rows, partial(c.start_fetch_rows, table, tables[table], step))
-                for table, c in holders.items()
-            ]
-        )
-        return dict(zip(holders, found, strict=True))
 
     def go_on(self) -> list[Any]:
         """Wait for what is left of the last call, after the failed shard's client was moved."""

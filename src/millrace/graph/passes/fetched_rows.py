@@ -24,6 +24,11 @@ from millrace.graph.signature import Feed, TensorSpec
 
 aten = torch.ops.aten
 
+# Of all of these argument 0 is the table and argument 1 the indices; of their gradients argument 1 are the indices.
+_LOOKUPS = (aten.embedding.default, aten._embedding_bag.default)
+_GRADIENTS = (aten.embedding_dense_backward.default, aten._embedding_bag_backward.default)
+_BAG_PADDING = {aten._embedding_bag.default: 8, aten._embedding_bag_backward.default: 11}  # where it stands
+
 
 @dataclass(frozen=True)
 class Table:
@@ -89,14 +94,27 @@ def fetched_rows(cut: Halves, names: Sequence[str] | None = None) -> FetchedRows
 def row_tables(cut: Halves) -> tuple[Table, ...]:
     """The variables whose rows can be fetched: those that are only looked up in, by numbers that the batch brings."""
     exchanged = {feed.name: feed for feed in cut.exchanged}
-    found = []
+    return tuple(_table(cut.gradients, name, exchanged) for name, reason in looked_up(cut).items() if not reason)
+
+
+def looked_up(cut: Halves) -> dict[str, str]:
+    """The trained variables that are looked up in, each with why its rows cannot be fetched; "" where they can."""
+    exchanged = {feed.name: feed for feed in cut.exchanged}
+    inputs = cut.gradients.placeholders()
+    found = {}
     for variable in cut.gradients.variables:
-        if f"gradient/{variable.name}" in exchanged:
-            try:
-                found.append(_table(cut.gradients, variable.name, exchanged))
-            except SettingError:
-                continue
-    return tuple(found)
+        read = any(
+            user.target in _LOOKUPS and user.args[0] is inputs[variable.name] for user in inputs[variable.name].users
+        )
+        if read and f"gradient/{variable.name}" in exchanged:
+            found[variable.name] = _reason(cut.gradients, variable.name, exchanged)
+    return found
+
+
+def lookups_in(cut: Halves, name: str) -> int:
+    """How many indices a batch has for a table."""
+    table = cut.gradients.placeholders()[name]
+    return sum(int(index.meta["val"].numel()) for index in _index_nodes(table))
 
 
 def unique_rows(indices: Tensor, height: int) -> tuple[Tensor, Tensor]:
@@ -131,19 +149,22 @@ def summed_rows(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]
 
 
 def _table(graph: Graph, name: str, exchanged: dict[str, Feed]) -> Table:
-    variable, gradient = graph.variable(name), f"gradient/{name}"
-    table = graph.placeholders()[name]
+    reason = _reason(graph, name, exchanged)
+    if reason:
+        raise SettingError(f"the rows of {name!r} cannot be fetched one by one: {reason}. Keep it whole.")
+    return Table(name, graph.variable(name).spec, f"gradient/{name}")
+
+
+def _reason(graph: Graph, name: str, exchanged: dict[str, Feed]) -> str:
+    table, gradient = graph.placeholders()[name], f"gradient/{name}"
     reason = _other_reader(graph, table)
     if not reason and name in graph.updates:
         reason = "the forward pass changes it"
     if not reason and gradient not in exchanged:
         reason = f"the update does not read {gradient!r}"
     if not reason:
-        found = {node for lookup in _lookups(table) for node in lookup.all_input_nodes[1:]}
-        reason = _other_gradient(graph.node(graph.fetches[gradient]), found, set())
-    if reason:
-        raise SettingError(f"the rows of {name!r} cannot be fetched one by one: {reason}. Keep it whole.")
-    return Table(name, variable.spec, gradient)
+        reason = _other_gradient(graph.node(graph.fetches[gradient]), set(_index_nodes(table)), set())
+    return reason
 
 
 def _other_reader(graph: Graph, table: Node) -> str:
@@ -152,9 +173,11 @@ def _other_reader(graph: Graph, table: Node) -> str:
     if not table.users:
         return "nothing reads it"
     for user in table.users:
-        if user.target is not aten.embedding.default or user.args[1] is table:
-            where = f" ({info(user).line})" if info(user).line else ""
+        where = f" ({info(user).line})" if info(user).line else ""
+        if user.target not in _LOOKUPS or table in user.args[1:]:
             return f"{user.name!r}{where} reads it, which is no lookup"
+        if _bag_padding(user) >= 0:
+            return f"{user.name!r}{where} is a bag with a padding index, which is not the same among rows"
         index = user.args[1]
         assert isinstance(index, Node)
         if any(n.op == "placeholder" and n not in feeds for n in ancestors([index])):
@@ -167,7 +190,7 @@ def _other_gradient(node: Node, indices: set[Node], sums: set[Node]) -> str:
     for user in node.users:
         if user.op != "output" and user not in sums:
             return f"{user.name!r} reads its gradient before the update"
-    if node.target is aten.embedding_dense_backward.default:
+    if node.target in _GRADIENTS:
         return "" if node.args[1] in indices else f"{node.name!r} is the gradient of another lookup"
     if node.target is aten.add.Tensor and not node.kwargs and len(node.all_input_nodes) == 2:
         reasons = (_other_gradient(argument, indices, sums | {node}) for argument in node.all_input_nodes)
@@ -181,7 +204,20 @@ def _lookups(table: Node) -> list[Node]:
 
 def _index_nodes(table: Node) -> list[Node]:
     """The different indices by which it is looked up in, in order."""
-    return list(dict.fromkeys(node for lookup in _lookups(table) for node in lookup.all_input_nodes[1:]))
+    return list(dict.fromkeys(_index(lookup) for lookup in _lookups(table)))
+
+
+def _index(lookup: Node) -> Node:
+    index = lookup.args[1]
+    assert isinstance(index, Node)
+    return index
+
+
+def _bag_padding(node: Node) -> int:
+    """The padding index of a bag, or of its gradient; -1 for none."""
+    place = _BAG_PADDING.get(node.target, len(node.args))  # type: ignore[call-overload]
+    found = node.args[place] if len(node.args) > place else -1
+    return found if isinstance(found, int) else -1
 
 
 # -- rewriting ---------------------------------------------------------------------------------------------------
@@ -275,26 +311,28 @@ class _Build:
                 self._places[index] = self.call(source, aten.reshape.default, own, list(shape))
             start += shape.numel()
         for lookup in lookups:
-            index = lookup.all_input_nodes[1]
-            lookup.args = (rows, self._places[index])
+            lookup.args = (rows, self._places[_index(lookup)], *lookup.args[2:])
 
     def gradient(self, node: Node, rows: Node) -> None:
         """The gradient of the fetched rows in place of the table's."""
         for part in self._parts(node, rows.meta["val"]):
-            outer, index, _, padding, by_frequency = part.args
-            assert isinstance(index, Node)
+            index, height = _index(part), rows.meta["val"].shape[0]
+            if part.target is aten._embedding_bag_backward.default:
+                part.args = (part.args[0], self._places[index], *part.args[2:6], height, *part.args[7:])
+                continue
+            outer, _, _, padding, by_frequency = part.args
             if isinstance(padding, int) and padding >= 0:
                 with self._fx.inserting_before(part):
                     is_padding = self.call(part, aten.eq.Scalar, index, padding)
                     is_padding = self.call(part, aten.unsqueeze.default, is_padding, -1)
                     outer = self.call(part, aten.masked_fill.Scalar, outer, is_padding, 0)
-            part.args = (outer, self._places[index], rows.meta["val"].shape[0], -1, by_frequency)
+            part.args = (outer, self._places[index], height, -1, by_frequency)
 
     def _parts(self, node: Node, value: Tensor) -> Iterator[Node]:
         """The gradients of single lookups that `node` sums up; every sum becomes one of rows, like `value`."""
         with self._mode:
             node.meta["val"] = torch.empty_like(value)
-        if node.target is aten.embedding_dense_backward.default:
+        if node.target in _GRADIENTS:
             yield node
         else:
             for argument in node.all_input_nodes:
