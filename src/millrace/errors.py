@@ -7,6 +7,7 @@
     ├── FeedError             a batch does not fit what the graph was traced for (shape, dtype, labels out of range)
     ├── PlacementError        a graph cannot be placed: hints contradict, memory is too small, a cluster lacks something
     ├── WorkerError           a worker process died, or did not answer within its time
+    │   └── VariablesLostError    all processes that held some variables are lost: the last checkpoint can still serve
     ├── CompileError          a piece could not be compiled (never fatal under "tiered": the piece stays eager)
     ├── CheckpointError       a checkpoint cannot be written, is damaged, or belongs to another model
     │   └── DamagedCheckpointError  a file of it is missing, truncated or altered: an older one can still serve
@@ -55,6 +56,10 @@ class PlacementError(MillraceError, ValueError):
 
 class WorkerError(MillraceError, RuntimeError):
     """A worker process died, or did not answer within its time; the message names it and what it was to do."""
+
+
+class VariablesLostError(WorkerError):
+    """All processes that held some of the variables are lost; the last checkpoint can still serve."""
 
 
 class CompileError(MillraceError):

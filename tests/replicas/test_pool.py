@@ -106,7 +106,8 @@ def test_a_shard_lost_without_a_whole_copy_ends_the_run(first: str) -> None:
     else:
         driver.hears(Lost("m1", "killed"), Said("m3", "ready", {"address": "a3"}))
     (failed,) = [c for c in driver.hears(Lost("m0", "killed")) if isinstance(c, Failed)]
-    assert "go on from the last checkpoint (resume=True)" in failed.reason
+    assert "only the last checkpoint has its variables" in failed.reason
+    assert failed.variables_lost
 
 
 def test_a_shard_lost_before_the_first_step_is_made_again() -> None:

@@ -229,7 +229,10 @@ class Coordinator:
             return
         self._fill_seats(warm)
         if self.phase == GATHERING and self._hopeless():
-            self._fail(f"nobody who has the variables of step {self.reported} is left; last loss: {self.last_loss}")
+            self._fail(
+                f"nobody who has the variables of step {self.reported} is left; last loss: {self.last_loss}",
+                variables_lost=self.reported > self.initial,
+            )
         if self.phase == GATHERING and self._gathered():
             self._form()
         if self.phase == FORMING and not self._workers(FORM):
@@ -376,9 +379,9 @@ class Coordinator:
         self._story(f"{self.phase} → {phase}: {why}")
         self.phase = phase
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str, variables_lost: bool = False) -> None:
         self._enter(FAILED, reason)
-        self._commands.append(Failed(reason))
+        self._commands.append(Failed(reason, variables_lost))
 
     def _story(self, text: str) -> None:
         self._commands.append(Story(text))

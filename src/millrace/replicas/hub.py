@@ -185,6 +185,15 @@ class Hub:
         """End a member; its Lost says why. One who is being ended already is left at that."""
         self._tell(lambda: self._end(self._members[member], why))
 
+    def clear(self, why: str) -> None:
+        """End all members, and forget whatever they said. None is left when this returns; new ones can be started."""
+        for member in list(self._members):
+            self.kill(member, why)
+        while not all(member.lost for member in self._members.values()):
+            self.next(_EXIT_WITHIN_S)
+        while self.next(0.0) is not None:
+            pass
+
     def next(self, timeout_s: float) -> Event | None:
         """The next event; None when there was none for so long."""
         try:
@@ -329,8 +338,8 @@ class Hub:
             why = why if member.joined else f"before it was ready, {why}"
             words = self._launcher.last_words(member.name)
             why += f"; its last words: {words}" if words else ""
-        member.lost, member.ending = True, None
         self._events.put(Lost(member.name, why))
+        member.lost, member.ending = True, None
 
     def _hang_up(self, member: _Member) -> None:
         for link in (member.line, member.beat):

@@ -197,8 +197,9 @@ class Pool:
         elif self.touched:
             lacking = "its copy was not complete" if self.sizes.copies else "it has no copy"
             self._fail(
-                f"shard {shard} of the variables is lost with {name} ({why}), and {lacking}: go on from the last "
-                "checkpoint (resume=True)."
+                f"shard {shard} of the variables is lost with {name} ({why}), and {lacking}: only the last checkpoint "
+                "has its variables.",
+                variables_lost=True,
             )
         else:
             if place.copy:
@@ -436,10 +437,10 @@ class Pool:
             self._story(f"{name} is to end: {why}")
             self._commands.append(Kill(name, why))
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str, variables_lost: bool = False) -> None:
         self.failed = True
         self._story(reason)
-        self._commands.append(Failed(reason))
+        self._commands.append(Failed(reason, variables_lost))
 
     def _story(self, text: str) -> None:
         self._commands.append(Story(text))

@@ -133,9 +133,13 @@ class VariablesRead:
 
 @dataclass(frozen=True)
 class Failed:
-    """The run cannot go on. The last command there is."""
+    """The run cannot go on. The last command there is.
+
+    variables_lost: only for lack of variables that nobody has any more; with those of a checkpoint it could go on.
+    """
 
     reason: str
+    variables_lost: bool = False
 
 
 DriverCommand: TypeAlias = Tell | StartMembers | Stop | Expect | StepDone | VariablesRead | Failed | Story

@@ -57,6 +57,7 @@ class Rendezvous:
             raise WorkerError(
                 f"The driver cannot listen at {host}: {error}. Give it an address that this host has."
             ) from error
+        self.host = host
         port = listening.getsockname()[1]
         self._store: TCPStore | None = TCPStore(
             host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()

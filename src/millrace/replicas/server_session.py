@@ -19,7 +19,7 @@ from torch import Tensor
 
 from millrace import errors
 from millrace.compile.tiered import Say
-from millrace.errors import FetchError, MillraceError, StepError, WorkerError, did_you_mean
+from millrace.errors import FetchError, MillraceError, StepError, VariablesLostError, WorkerError, did_you_mean
 from millrace.graph.graph import TRAIN, Graph
 from millrace.graph.passes.halves import halves
 from millrace.graph.passes.shards import shards
@@ -156,7 +156,8 @@ class ServerSession(RemoteSession):
         self._batch_s: deque[float] = deque(maxlen=50)
         self._tiers: deque[str] = deque(maxlen=replicas)
         self.closed = False
-        self._pool = Pool(_sizes(update, replicas, spares))
+        self._sizes = _sizes(update, replicas, spares)
+        self._pool = Pool(self._sizes)
         self._carry_out(self._pool.start())
 
     def close(self) -> None:
@@ -165,6 +166,16 @@ class ServerSession(RemoteSession):
         self._hub.close()
         if self._directory is not None:
             self._directory.cleanup()
+
+    def begin_again(self) -> None:
+        """See `RemoteSession.begin_again`."""
+        self._hub.clear("the run begins again")
+        for forgotten in (self._given, self._open, self._done, self._beside, self._answers, self._began_s):
+            forgotten.clear()
+        self._step, self._stale, self._failure = 0, False, ""
+        before, self._pool = self._pool, Pool(self._sizes)
+        self._pool.repeats, self._pool.dropped = before.repeats, before.dropped
+        self._carry_out(self._pool.start())
 
     @property
     def workers(self) -> tuple[str, ...]:
@@ -405,9 +416,10 @@ class ServerSession(RemoteSession):
                 case Story(text):
                     self.stories.append(text)
                     log.debug(text)
-                case Failed(reason):
+                case Failed(reason, variables_lost):
                     self._failure = reason
-                    raise WorkerError(f"{reason}\nWhat happened:\n  " + "\n  ".join(list(self.stories)[-12:]))
+                    error = VariablesLostError if variables_lost else WorkerError
+                    raise error(f"{reason}\nWhat happened:\n  " + "\n  ".join(list(self.stories)[-12:]))
 
     def _tell(self, member: str, kind: str, fields: dict[str, Any]) -> None:
         tensors: dict[str, Tensor] = {}

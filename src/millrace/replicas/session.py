@@ -19,7 +19,7 @@ from torch import Tensor
 
 from millrace import errors
 from millrace.compile.tiered import Say
-from millrace.errors import FetchError, MillraceError, StepError, WorkerError, did_you_mean
+from millrace.errors import FetchError, MillraceError, StepError, VariablesLostError, WorkerError, did_you_mean
 from millrace.graph.graph import TRAIN, Graph
 from millrace.graph.passes.halves import Halves, halves
 from millrace.graph.save import graph_bytes
@@ -110,7 +110,7 @@ class ReplicatedSession(RemoteSession):
         say: Say = log.info,
     ) -> None:
         super().__init__(graph, variables, say)
-        self.replicas = replicas
+        self.replicas, self._spares = replicas, spares
         self.stories: deque[str] = deque(maxlen=_STORIES)  # what happened to the workers, the last last
         self._hub, self._rendezvous, self._directory = hub, rendezvous, directory
         self._compile, self._patience_s, self._drop_failing, self._say = compile, patience_s, drop_failing, say
@@ -141,6 +141,17 @@ class ReplicatedSession(RemoteSession):
         self._rendezvous.close()
         if self._directory is not None:
             self._directory.cleanup()
+
+    def begin_again(self) -> None:
+        """See `RemoteSession.begin_again`."""
+        self._hub.clear("the run begins again")
+        for forgotten in (self._hosts, self._given, self._beside, self._answers, self._tiers):
+            forgotten.clear()
+        self._step, self._stale = 0, False
+        self._rendezvous.close()
+        self._rendezvous = Rendezvous(self._rendezvous.host)
+        self._coordinator = Coordinator(self.replicas, spares=self._spares)
+        self._carry_out(self._coordinator.start())
 
     # -- running -------------------------------------------------------------------------------------------------
 
@@ -334,8 +345,9 @@ class ReplicatedSession(RemoteSession):
                 case Story(text):
                     self.stories.append(text)
                     log.debug(text)
-                case Failed(reason):
-                    raise WorkerError(f"{reason}\nWhat happened:\n  " + "\n  ".join(list(self.stories)[-12:]))
+                case Failed(reason, variables_lost):
+                    error = VariablesLostError if variables_lost else WorkerError
+                    raise error(f"{reason}\nWhat happened:\n  " + "\n  ".join(list(self.stories)[-12:]))
 
     def _tell(self, member: str, kind: str, fields: dict[str, Any]) -> None:
         tensors: dict[str, Tensor] = {}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from millrace.compile.tiered import Say
-from millrace.errors import FeedError
+from millrace.errors import FeedError, WorkerError
 from millrace.graph.graph import Graph
 from millrace.runtime.save_nodes import SideGraph
 from millrace.runtime.session import Session
@@ -45,6 +45,13 @@ class RemoteSession(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """End the processes; what they hold of the variables goes with them."""
+
+    def begin_again(self) -> None:
+        """Start anew with other processes, after `VariablesLostError`; the variables are to be restored then.
+
+        Raises: WorkerError of a session whose processes are not replaced.
+        """
+        raise WorkerError(f"a {type(self).__name__} does not replace lost processes: make another session.")
 
     @abc.abstractmethod
     def run(self, fetches: str | Sequence[str], feed: Any = None) -> Any:

@@ -65,6 +65,16 @@ class Journal:
         self._unlogged = 0
         self._write(step, self.means, {f"train/{name}": value for name, value in self.means.items()})
 
+    def go_back(self, graph: Graph, step: int, lost: int) -> None:
+        """Forget what came after a step that the run goes on from, and log how many updates were lost."""
+        self._running.reset()
+        self._unlogged = 0
+        self.close()
+        self.begin(graph, step)
+        self._progress.go_back(step)
+        values = {"recovery/lost_updates": float(lost)}
+        self._write(step, values, values)
+
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """Log and show what an evaluation found."""
         named = {f"validation/{name}": value for name, value in values.items()}

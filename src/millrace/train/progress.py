@@ -103,6 +103,10 @@ class Progress:
         if now_s >= self._next_draw_s:
             self._draw(now_s)
 
+    def go_back(self, step: int) -> None:
+        """Say that the run goes on from an earlier step."""
+        self._step = self._observed_step = step
+
     def message(self, text: str) -> None:
         """Print a line above the bar. Any thread may call this."""
         if self._display is not None:

@@ -18,7 +18,8 @@ class Result:
     call of `fit` to the end of the first step (tracing included). tier: what ran the last step.
     mean_staleness: of a run over parameter servers, how many updates came between an update's fetch and its turn.
     repeats: how many batches or slices of such a run were computed again, as their process was lost. dropped: how many
-    gradients of backup workers came too late.
+    gradients of backup workers came too late. restarts: how often the run went back to its last checkpoint, as all
+    processes that held some variables were lost. lost_updates: how many updates that cost.
     """
 
     outcome: Outcome
@@ -33,3 +34,5 @@ class Result:
     mean_staleness: float = 0.0
     repeats: int = 0
     dropped: int = 0
+    restarts: int = 0
+    lost_updates: int = 0

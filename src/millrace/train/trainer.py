@@ -13,15 +13,16 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from millrace.data.batches import Batches
-from millrace.errors import FeedError, NonFiniteError
+from millrace.errors import FeedError, MillraceError, NonFiniteError, VariablesLostError
 from millrace.graph.graph import TRAIN, Graph
-from millrace.runtime.remote_session import AnySession
+from millrace.runtime.remote_session import AnySession, RemoteSession
 from millrace.train.callbacks import CallbackList
 from millrace.train.evaluation import examples_in
 from millrace.train.interrupt import Interruptible
 from millrace.train.journal import Journal
 from millrace.train.nonfinite import explain_nonfinite, nonfinite_parameter
 from millrace.train.plan import Plan
+from millrace.train.restarts import Restarts
 from millrace.train.result import Result
 from millrace.train.run_directory import RunDirectory
 from millrace.train.run_state import Outcome
@@ -71,6 +72,7 @@ class Trainer:
         self._stop = False
         self._data_error: Exception | None = None
         self._saving: list[tuple[int, Path]] = []  # begun, not yet announced to the callbacks
+        self._restarts = Restarts()
         self._started_s = started_s
         self._first_step_s = 0.0
 
@@ -93,8 +95,7 @@ class Trainer:
         outcome: Outcome = "failed"
         try:
             with self._signals:
-                self._train()
-                self._finish()
+                self._train_to_the_end()
             outcome = "finished" if self._signals.asked is None else "interrupted"
         except BaseException as error:
             outcome = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -120,9 +121,25 @@ class Trainer:
             first_step_s=self._first_step_s,
             tier=self._session.last_tier if self._session else "eager",
             run_dir=self.directory,
+            restarts=self._restarts.count,
+            lost_updates=self._restarts.lost_updates,
         )
 
     # -- the loop ------------------------------------------------------------------------------------------------
+
+    def _train_to_the_end(self) -> None:
+        lost: VariablesLostError | None = None
+        while True:
+            try:
+                if lost is not None:
+                    self._go_back(lost)
+                self._train()
+                self._finish()
+                return
+            except VariablesLostError as error:
+                if error is lost:  # there is nothing to go back to
+                    raise
+                lost = error
 
     def _train(self) -> None:
         self._stop_if_stopped_early()
@@ -368,6 +385,31 @@ class Trainer:
             found = session.read(name)
             if not torch.equal(given, found):
                 self._journal.say(f"{name} is {float(found):g} in the checkpoint and stays that, not {float(given):g}")
+
+    def _go_back(self, lost: VariablesLostError) -> None:
+        """Begin again from the last checkpoint with new processes. Raises: `lost` where that cannot be."""
+        session = self._session
+        if self._saver is None or not isinstance(session, RemoteSession):
+            lost.add_note("There is no checkpoint to go on from, as there is no run directory (run_dir=False).")
+            raise lost
+        try:
+            self._saver.wait()
+            self._announce_checkpoints()
+            found = self._saver.newest()
+            if found is None:
+                raise lost
+            place, path = found
+            text = self._restarts.note(self.step, place.step, lost)
+            self._batches.seek(place.position)
+        except MillraceError as problem:
+            if problem is not lost:
+                lost.add_note(f"The run could not go on from its last checkpoint: {problem}")
+            raise lost from None
+        self._journal.say(text)
+        lost_updates, self._place, self._stop, self._data_error = self.step - place.step, place, False, None
+        session.begin_again()
+        session.restore(path)
+        self._journal.go_back(session.graph, place.step, lost_updates)
 
     def _finish(self) -> None:
         """Evaluate and save once more, unless that has just been done."""
