@@ -196,3 +196,26 @@ def test_replicas_that_are_killed_end_with_the_weights_of_those_that_are_not(tmp
     assert found is not None
     assert float(found[1]) > 0.97
     assert float(found[2]) < 1e-6  # AdamW divides by small numbers; weights are of the order of 0.1
+
+
+def test_asynchronous_replicas_learn_though_they_are_killed(tmp_path: Path) -> None:
+    printed = output("asynchronous_replicas.py", cwd=tmp_path)
+    found = re.search(r"^([\d.]+) bits per character .*\nbetween fetch and update came ([\d.]+) others", printed, re.M)
+    assert found is not None
+    assert float(found[1]) < 2.2
+    assert float(found[2]) > 0.0
+
+
+def test_with_a_backup_worker_late_gradients_are_dropped(tmp_path: Path) -> None:
+    printed = output("backup_workers.py", cwd=tmp_path)
+    found = re.search(r"accuracy ([\d.]+) after \d+ steps; (\d+) gradients came too late", printed)
+    assert found is not None
+    assert float(found[1]) > 0.9
+    assert int(found[2]) > 0
+
+
+def test_replicas_that_agree_after_every_tenth_step_learn_as_well(tmp_path: Path) -> None:
+    printed = output("local_steps.py", cwd=tmp_path)
+    found = re.search(r"accuracy ([\d.]+) agreeing after every step, ([\d.]+) after every tenth", printed)
+    assert found is not None
+    assert float(found[2]) > float(found[1]) - 0.05 > 0.8
