@@ -18,11 +18,10 @@ help:  ## list the targets
 train: $(VENV)/.installed-zoo  ## train the digit reader, with a progress bar (ARGS="--set epochs=2" for options)
 	$(BIN)/millrace train digits $(ARGS)
 
-cluster-demo: $(VENV)/.installed-zoo  ## train digits in 4 replicas on a local Ray cluster, one of which is killed every 3 seconds
-	$(BIN)/pip install --quiet "ray>=2.50"
+cluster-demo: $(VENV)/.installed-cluster  ## train digits in 4 replicas on a local Ray cluster, one of which is killed every 3 seconds
 	$(BIN)/millrace train digits --replicas 4 --cluster local --chaos 3 $(ARGS)
 
-test: $(VENV)/.installed-test  ## run all tests (ARGS="tests/graph -k save" for some)
+test: $(VENV)/.installed-test  ## run the tests, except the long ones (ARGS="tests/graph -k save" for some)
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $(ARGS)
 
 test-long: $(VENV)/.installed-test  ## run the tests that the usual run leaves out for their time
@@ -64,11 +63,13 @@ $(VENV)/.made:
 	@$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-# What contains what: dev > test > zoo; so one install marks the smaller ones as done too.
+# What contains what: dev > test > cluster > zoo; so one install marks the smaller ones as done too.
 $(VENV)/.installed-zoo: EXTRA := zoo
+$(VENV)/.installed-cluster: EXTRA := zoo,ray
 $(VENV)/.installed-test: EXTRA := test
 $(VENV)/.installed-dev: EXTRA := dev
-$(VENV)/.installed-test $(VENV)/.installed-dev: ALSO := $(VENV)/.installed-zoo
+$(VENV)/.installed-cluster $(VENV)/.installed-test $(VENV)/.installed-dev: ALSO := $(VENV)/.installed-zoo
+$(VENV)/.installed-test $(VENV)/.installed-dev: ALSO += $(VENV)/.installed-cluster
 $(VENV)/.installed-dev: ALSO += $(VENV)/.installed-test
 
 $(VENV)/.installed-%: pyproject.toml $(VENV)/.made
