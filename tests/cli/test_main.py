@@ -191,7 +191,7 @@ def test_what_fails_after_the_start_says_how_to_go_on(
 ) -> None:
     assert main(["train", "digits", *QUICK, "--set", "learning_rate=1e30", "--set", "steps=40"]) == FAILED
     err = capsys.readouterr().err
-    assert "to go on from its last checkpoint: millrace train --resume" in err
+    assert "to go on from its last checkpoint: millrace resume" in err
     assert "inf" in err or "nan" in err.lower()
 
 
@@ -205,7 +205,7 @@ def test_a_second_interrupt_says_where_the_run_is(
 
     monkeypatch.setattr(Digits, "callbacks", lambda *_: [Impatient()])
     assert main(["train", "digits", *QUICK, "--quiet"]) == INTERRUPTED
-    assert "interrupted; the run is saved at step 0. To go on:\n  millrace train --resume" in capsys.readouterr().err
+    assert "interrupted; the run is saved at step 0. To go on:\n  millrace resume" in capsys.readouterr().err
 
 
 def test_an_interrupt_before_the_first_step(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:

@@ -85,7 +85,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(started: subprocess.Popen[str], unin
     run = find_run("latest")
     assert run.state.status == "interrupted"
     assert 6 <= run.state.step < STEPS
-    assert err.endswith(f"the run is saved at step {run.state.step}. To go on:\n  millrace train --resume {run.path}\n")
+    assert err.endswith(f"the run is saved at step {run.state.step}. To go on:\n  millrace resume {run.path}\n")
     assert resumed()["steps"] == STEPS
     assert differing(variables(run.path), uninterrupted) == []
 

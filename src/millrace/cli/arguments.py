@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-RUN_HELP = 'a run\'s directory, its name under runs/, or "latest"'
+RUN_HELP = 'a run\'s directory, its name under runs/ or the beginning of it, or "latest"'
 
 
 def parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from millrace.cli.arguments import add_json, parser, print_json
+from millrace.cli.table import aligned
 from millrace.place.cluster import CLASSES, MEMORY, Cluster
 from millrace.place.cluster_file import read_cluster, write_cluster
 from millrace.place.probe import local_cluster
@@ -48,9 +49,4 @@ def table(cluster: Cluster) -> str:
     for k in cluster.links:
         rate, shared = f"{k.bytes_per_s / 1e9:.4g} GB/s", "yes" if k.shared else "no"
         links.append([k.source, k.target, f"{k.latency_s * 1e6:.1f} us", rate, shared])
-    return _aligned(rows) + ("\n\n" + _aligned(links) if cluster.links else "")
-
-
-def _aligned(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return aligned(rows) + ("\n\n" + aligned(links) if cluster.links else "")

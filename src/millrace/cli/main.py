@@ -21,6 +21,10 @@ TRACEBACK = "MILLRACE_TRACEBACK"
 # command -> its module in this folder, and what it does
 COMMANDS = {
     "train": ("train", "train a task, or go on with a run"),
+    "runs": ("runs", "list the runs, and how each of them goes"),
+    "logs": ("logs", "print what a run has said, or follow it"),
+    "stop": ("stop", "end a run as Ctrl-C does: it is saved"),
+    "resume": ("resume", "go on with a run, as it was"),
     "eval": ("evaluate", "evaluate a run on data that its training never saw"),
     "predict": ("predict", "use a trained model on files"),
     "graph": ("graph", "show one training step as a dataflow graph"),
@@ -47,11 +51,11 @@ To try things:
   millrace tasks chars                     every setting of a task, with its default
   millrace train digits --set epochs=5 --set seed=1
   millrace place chars --devices 2         what two workers would do with a training step, and how long it would take
-  millrace train --resume latest           go on where a run was interrupted, or killed, bit for bit
+  millrace resume latest                   go on where a run was interrupted, or killed, bit for bit
   tensorboard --logdir runs                curves and graphs of all runs
 
 A run keeps everything (settings, metrics, checkpoints) in a directory of its own under runs/. Where a command takes a
-RUN, give that directory, its name, or "latest".
+RUN, give that directory, its name or the beginning of it, or "latest".
 
 exit status: 0 done; 1 it failed; 2 wrong usage, setting or name; 130 interrupted (the run was saved)
 environment: MILLRACE_TRACEBACK=1 shows where in the code an error came from; MILLRACE_CACHE=DIR keeps compiled steps\

@@ -32,8 +32,7 @@ millrace train chars --device cuda --set precision=bfloat16
 millrace train chars --devices 2 --microbatches 4        over two worker processes of this machine
 millrace train digits --replicas 4 --chaos 3             four replicas, one of which is killed every 3 seconds
 millrace train digits --replicas 4 --cluster local       the same number on a Ray cluster, here a local one
-millrace train --resume latest
-millrace train --resume runs/digits-20260101-120000-abcd --set epochs=60     train on, for longer"""
+millrace train --resume latest --replicas 2              go on over others; over the same: millrace resume latest"""
 
 
 def main(arguments: list[str]) -> None:
@@ -41,7 +40,7 @@ def main(arguments: list[str]) -> None:
     given = _parsed(arguments)
     resumed = None if given.resume is None else find_run(given.resume)
     task = _task(given.task, given.assignments, resumed)
-    watcher = _Watcher(quiet=given.quiet, division=_division_arguments(given))
+    watcher = _Watcher(quiet=given.quiet)
     try:
         finished = train(
             task,
@@ -51,6 +50,7 @@ def main(arguments: list[str]) -> None:
             progress=not given.quiet,
             callbacks=[watcher],
             division=_division(given),
+            arguments=_kept_arguments(given),
         )
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(watcher.interrupted()) from interrupt
@@ -121,10 +121,11 @@ def _division(given: argparse.Namespace) -> Division:
     )
 
 
-def _division_arguments(given: argparse.Namespace) -> str:
+def _kept_arguments(given: argparse.Namespace) -> list[str]:
     """The arguments that a run needs again when it goes on."""
     found = []
     defaults: dict[str, Any] = {
+        "device": None,
         "devices": None,
         "cluster": None,
         "microbatches": 1,
@@ -139,7 +140,7 @@ def _division_arguments(given: argparse.Namespace) -> str:
             found += [f"--{name.replace('_', '-')}", ",".join(value) if isinstance(value, list) else str(value)]
     for wish in given.on:
         found += ["--on", wish]
-    return "".join(" " + shlex.quote(each) for each in found)
+    return found
 
 
 def _task(name: str | None, assignments: list[str], resumed: RunDirectory | None) -> Task[Any]:
@@ -156,11 +157,11 @@ def _task(name: str | None, assignments: list[str], resumed: RunDirectory | None
 class _Watcher(Callback):
     """Says where the run is when it begins, and remembers what to say when it ends."""
 
-    def __init__(self, quiet: bool, division: str) -> None:
+    def __init__(self, quiet: bool) -> None:
         self.directory: Path | None = None
         self.first_step = 0  # steps done before
         self.saved_step: int | None = None
-        self._quiet, self._division = quiet, division
+        self._quiet = quiet
 
     def on_start(self, run: RunView) -> None:
         self.directory, self.first_step = run.directory, run.step
@@ -172,7 +173,7 @@ class _Watcher(Callback):
 
     def command(self) -> str:
         """What goes on with the run."""
-        return f"millrace train --resume {shlex.quote(str(self.directory))}{self._division}"
+        return f"millrace resume {shlex.quote(str(self.directory))}"
 
     def interrupted(self) -> str:
         """What to say after Ctrl-C."""

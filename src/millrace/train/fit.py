@@ -24,7 +24,7 @@ from millrace.runtime.session import Session
 from millrace.train.callbacks import Callback, CallbackList
 from millrace.train.devices import DeviceRun
 from millrace.train.evaluation import Evaluator
-from millrace.train.journal import Journal
+from millrace.train.journal import Journal, sayer
 from millrace.train.plan import Plan, PlanSettings
 from millrace.train.progress import Progress
 from millrace.train.replicas import ReplicaRun
@@ -133,9 +133,10 @@ def fit(
             epochs=plan.epochs,
             enabled=plan.progress,
         )
-        evaluator = Evaluator(model, loss, precision=plan.precision, compile=plan.compile, say=progress.message)
-        devices = None if plan.devices is None else DeviceRun(plan, progress.message)
-        replicas = None if plan.replicas is None else ReplicaRun(plan, progress.message)
+        say = sayer(run, progress)
+        evaluator = Evaluator(model, loss, precision=plan.precision, compile=plan.compile, say=say)
+        devices = None if plan.devices is None else DeviceRun(plan, say)
+        replicas = None if plan.replicas is None else ReplicaRun(plan, say)
         trainer = Trainer(
             plan,
             lambda batch: split(
@@ -155,7 +156,7 @@ def fit(
             if devices
             else replicas.session
             if replicas
-            else lambda graph: Session(graph, compile=plan.compile, say=progress.message),
+            else lambda graph: Session(graph, compile=plan.compile, say=say),
             batches,
             evaluate=None if held_out is None else lambda: evaluator.means(held_out.one_pass()),
             callbacks=CallbackList([*(own for own in (devices, replicas) if own is not None), *callbacks]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -11,12 +12,22 @@ from typing import Any
 class Interruptible:
     """A context in which the first SIGINT or SIGTERM only sets `asked`; a second one acts as it always does.
 
-    Outside the main thread, where handlers cannot be set, it does nothing.
+    Outside the main thread, where handlers cannot be set, signals are left alone.
+
+    requested: whether somebody asks for the same in another way.
     """
 
-    def __init__(self) -> None:
-        self.asked: signal.Signals | None = None
+    def __init__(self, requested: Callable[[], bool] = lambda: False) -> None:
+        self._requested = requested
+        self._asked: str | None = None
         self._saved: dict[signal.Signals, Any] = {}
+
+    @property
+    def asked(self) -> str | None:
+        """Who asked for the end, such as "SIGINT"; None for nobody."""
+        if self._asked is None and self._requested():
+            self._asked = "millrace stop"
+        return self._asked
 
     def __enter__(self) -> Interruptible:
         if threading.current_thread() is threading.main_thread():
@@ -31,7 +42,7 @@ class Interruptible:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = signal.Signals(number)
+        self._asked = signal.Signals(number).name
         self._restore()
 
     def _restore(self) -> None:

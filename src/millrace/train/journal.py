@@ -20,7 +20,7 @@ class Journal:
     """Notes what a run measures. Without a run directory it only shows progress.
 
     places: tells of a graph which device runs what, where there are several.
-    means: of the training loss and metrics when they were last logged.
+    means: of the training loss and metrics when they were last logged. say: shows a line, and keeps it in log.txt.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class Journal:
         places: Callable[[Graph], Places] | None = None,
     ) -> None:
         self.means: dict[str, float] = {}
+        self.say = sayer(run, progress)
         self._run = run
         self._progress = progress
         self._log_every = log_every
@@ -64,6 +65,9 @@ class Journal:
         self._running.reset()
         self._unlogged = 0
         self._write(step, self.means, {f"train/{name}": value for name, value in self.means.items()})
+        if self._run is not None:
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in self.means.items())
+            self._run.note(f"step {step}: {shown}")
 
     def go_back(self, graph: Graph, step: int, lost: int) -> None:
         """Forget what came after a step that the run goes on from, and log how many updates were lost."""
@@ -80,7 +84,7 @@ class Journal:
         named = {f"validation/{name}": value for name, value in values.items()}
         self._write(step, named, named)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self._progress.message(f"step {step}: validation {shown}")
+        self.say(f"step {step}: validation {shown}")
 
     def show(self, step: int, values: Mapping[str, Tensor], *, examples: int, epoch: int) -> None:
         """Move the progress display on."""
@@ -89,10 +93,6 @@ class Journal:
     def paused(self) -> AbstractContextManager[None]:
         """Time that does not count in the rate."""
         return self._progress.paused()
-
-    def say(self, text: str) -> None:
-        """Show a line."""
-        self._progress.message(text)
 
     def close(self) -> None:
         """Close the events."""
@@ -104,3 +104,14 @@ class Journal:
             self._run.log(step, values)
         if self._events is not None:
             self._events.scalars(step, scalars)
+
+
+def sayer(run: RunDirectory | None, progress: Progress) -> Callable[[str], None]:
+    """What shows a line, and keeps it in the run's log. Any thread may call it."""
+
+    def say(text: str) -> None:
+        progress.message(text)
+        if run is not None:
+            run.note(text)
+
+    return say

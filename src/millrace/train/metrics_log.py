@@ -128,6 +128,11 @@ def read_metrics(path: Path) -> list[Record]:
     return records
 
 
+def parse_lines(content: bytes) -> list[Record]:
+    """The records of those lines that are whole."""
+    return [record for record in map(_parse, content.split(b"\n")) if record is not None]
+
+
 def _append_whole(descriptor: int, line: bytes) -> None:
     size_bytes = os.fstat(descriptor).st_size
     try:

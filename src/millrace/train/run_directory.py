@@ -4,10 +4,12 @@
     environment.json   versions, machine, command line
     state.json         running, finished, interrupted or failed; process, step, times
     metrics.jsonl      one JSON object per line
+    log.txt            what the run said, with times
     checkpoints/  events/
     placement.json  placement.svg  timeline.json    of a run over several devices (train/devices.py)
     staleness.json     of a run over parameter servers (train/replicas.py)
     lock               held while a run writes here
+    stop               somebody has asked the run to stop (train/stop_request.py)
 
 A resumed run writes config.json and environment.json anew; what differed before stays as config.1.json and so on.
 """
@@ -23,17 +25,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, SupportsFloat
 
-from millrace.errors import RunDirectoryError, did_you_mean
+from millrace.errors import RunDirectoryError
 from millrace.train.directory_lock import LOCK_NAME, DirectoryLock
 from millrace.train.environment import Json, environment
 from millrace.train.metrics_log import MetricsLog, Record, read_metrics
 from millrace.train.run_files import encode_config, encode_json, read_json, remove_leftovers, write_keeping_earlier
+from millrace.train.run_log import LOG_NAME, RunLog
+from millrace.train.run_names import chosen_name
 from millrace.train.run_state import STATE_NAME, Outcome, RunState, advanced, ended, read_state, started, write_state
+from millrace.train.stop_request import withdraw_stop
 
 _CONFIG, _ENVIRONMENT, _METRICS = "config.json", "environment.json", "metrics.jsonl"
 _CHECKPOINTS, _EVENTS = "checkpoints", "events"
 # state.json is written last: a directory with only these was being created when its process died.
-_BEFORE_STATE = {LOCK_NAME, _CONFIG, _ENVIRONMENT, _CHECKPOINTS, _EVENTS}
+_BEFORE_STATE = {LOCK_NAME, LOG_NAME, _CONFIG, _ENVIRONMENT, _CHECKPOINTS, _EVENTS}
 
 
 class RunDirectory:
@@ -45,7 +50,10 @@ class RunDirectory:
         self.checkpoints = path / _CHECKPOINTS
         self.events = path / _EVENTS
         self._lock = lock
-        self._log = MetricsLog(path / _METRICS)
+        self.metrics_path = path / _METRICS
+        self.log_path = path / LOG_NAME
+        self._log = MetricsLog(self.metrics_path)
+        self._said = RunLog(self.log_path)
 
     # ------------------------------------------------------------------ making and finding
 
@@ -107,18 +115,23 @@ class RunDirectory:
 
     @classmethod
     def find(cls, run: str, root: Path = Path("runs")) -> RunDirectory:
-        """Read the run that a person means by `run`: its path, its name under `root`, or "latest".
+        """Read the run that a person means by `run`: a path, a name under `root`, the beginning of one, or "latest".
 
         Raises:
-            RunDirectoryError: none is meant; the message suggests the near names.
+            RunDirectoryError: none is meant, or several; the message suggests the near names.
         """
         for path in (Path(run), Path(root) / run):
             if (path / STATE_NAME).exists():
                 return cls(path)
         if run == "latest":
             return cls.latest(root)
-        names = [path.name for path in _runs_under(Path(root))]
-        raise RunDirectoryError(f"No run is at {run} or {Path(root) / run}. {did_you_mean(run, names)}")
+        known = [path.name for path in _runs_under(Path(root))]
+        return cls(Path(root) / chosen_name(run, known, f"{run} or {Path(root) / run}"))
+
+    @classmethod
+    def all(cls, root: Path = Path("runs")) -> list[RunDirectory]:
+        """Read all runs under `root`, by their names."""
+        return [cls(path) for path in _runs_under(Path(root))]
 
     @classmethod
     def _take(cls, path: Path, config: bytes | None, exist: Literal["new", "resume"]) -> RunDirectory:
@@ -149,8 +162,11 @@ class RunDirectory:
             write_keeping_earlier(self.path / _CONFIG, config)
         write_keeping_earlier(self.path / _ENVIRONMENT, encode_json(environment()))
         self._log.rewind(None)  # a line cut short by a kill must not run into the next one
+        withdraw_stop(self.path)  # of a run that ended before it saw it
         earlier = self.state if (self.path / STATE_NAME).exists() else None
-        write_state(self.path, started(earlier))
+        state = started(earlier)
+        write_state(self.path, state)
+        self.note(f"{'started' if earlier is None else 'resumed'} in process {state.pid} on {state.host}")
 
     # ------------------------------------------------------------------ reading
 
@@ -176,7 +192,7 @@ class RunDirectory:
         Raises:
             RunDirectoryError: a line before the last is damaged.
         """
-        return read_metrics(self.path / _METRICS)
+        return read_metrics(self.metrics_path)
 
     # ------------------------------------------------------------------ writing
 
@@ -210,6 +226,15 @@ class RunDirectory:
         self._require_writer()
         write_state(self.path, advanced(self.state, step))
 
+    def note(self, text: str) -> None:
+        """Add a line to log.txt."""
+        if self._lock is not None:
+            self._said.append(text)
+
+    def note_error(self, error: BaseException) -> None:
+        """Add to log.txt why the run ends."""
+        self.note("\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())]))
+
     def close(self, outcome: Outcome, step: int | None = None) -> None:
         """Write how the run ended, and free the directory. Calling it again does nothing.
 
@@ -219,11 +244,15 @@ class RunDirectory:
         """
         if self._lock is None:
             return
-        lock, self._lock = self._lock, None
         try:
+            state = ended(self.state, outcome, step)
+            self.note(f"{outcome} at step {state.step}")
             self._log.close()
-            write_state(self.path, ended(self.state, outcome, step))
+            self._said.close()
+            withdraw_stop(self.path)
+            write_state(self.path, state)
         finally:
+            lock, self._lock = self._lock, None
             lock.release()
 
     def __enter__(self) -> RunDirectory:
@@ -232,6 +261,8 @@ class RunDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            self.note_error(error)
         interrupted = isinstance(error, KeyboardInterrupt)
         self.close("finished" if error is None else "interrupted" if interrupted else "failed")
 

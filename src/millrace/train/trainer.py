@@ -27,6 +27,7 @@ from millrace.train.result import Result
 from millrace.train.run_directory import RunDirectory
 from millrace.train.run_state import Outcome
 from millrace.train.saving import Place, Saver
+from millrace.train.stop_request import StopRequest
 
 _LONGEST_UNSAVED_S = 600.0  # where no interval is given, an epoch that is long is saved within it, too
 
@@ -68,7 +69,7 @@ class Trainer:
         self._restored = resumed[1] if resumed else None
         self._session: AnySession | None = None
         self._fetches: list[str] = []
-        self._signals = Interruptible()
+        self._signals = Interruptible(StopRequest(self.directory))
         self._stop = False
         self._data_error: Exception | None = None
         self._saving: list[tuple[int, Path]] = []  # begun, not yet announced to the callbacks
@@ -99,6 +100,8 @@ class Trainer:
             outcome = "finished" if self._signals.asked is None else "interrupted"
         except BaseException as error:
             outcome = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            if self._run is not None:
+                self._run.note_error(error)
             if outcome == "interrupted" and self.directory is not None:
                 where = f"run_dir={str(self.directory)!r}, resume=True"
                 error.add_note(f"To go on from the last checkpoint: {where}")
@@ -110,7 +113,7 @@ class Trainer:
         if self._signals.asked is not None:
             where = f"; resume with run_dir={str(self.directory)!r}, resume=True" if self.directory else ""
             saved = f": saved{where}" if self.directory else ": nothing was saved (run_dir=False)"
-            raise KeyboardInterrupt(f"{self._signals.asked.name} after step {self.step}{saved}")
+            raise KeyboardInterrupt(f"{self._signals.asked} after step {self.step}{saved}")
         return Result(
             outcome,
             self.step,

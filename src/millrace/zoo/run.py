@@ -131,6 +131,7 @@ def train(
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
     division: Division = Division(),
+    arguments: Sequence[str] = (),
 ) -> Finished:
     """Train a task, evaluate it on its test data, and leave result.json in the run directory.
 
@@ -142,6 +143,7 @@ def train(
         progress: show how far it is, on stderr.
         callbacks: beside the task's own.
         division: over several devices; `device` is the CPU then, unless it is named.
+        arguments: of the command line, to be kept in config.json for whoever resumes the run.
 
     Raises: as `millrace.train.fit.fit`.
     """
@@ -151,6 +153,7 @@ def train(
     torch.manual_seed(settings.seed)
     model = task.model(data.facts)
     config = {"task": task.name(), "settings": settings_to_json(settings), "facts": data.facts, "device": device}
+    config["arguments"] = list(arguments)
     with _threads(settings.threads):
         result = fit(
             model,

@@ -1,0 +1,75 @@
+"""`millrace runs`: which runs there are, and how each of them goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+from millrace.cli.arguments import add_json, parser, print_json
+from millrace.cli.table import aligned
+from millrace.errors import RunDirectoryError
+from millrace.train.progress import format_rate
+from millrace.train.run_directory import RunDirectory
+from millrace.train.run_summary import RunSummary, summarize
+from millrace.zoo.run import RUNS
+
+_DESCRIPTION = """\
+List runs, the one that was started last at the end.
+
+states: running; finished; interrupted (it was asked to stop, and has saved); failed (an error ended it: see its log);
+killed (its process is gone, and could not say why). All but finished ones go on with `millrace resume RUN`."""
+_EXAMPLES = """
+millrace runs
+millrace runs elsewhere/            those in another directory
+millrace runs --last 5 --json"""
+_UNITS = (("d", 86400), ("h", 3600), ("min", 60))
+
+
+def main(arguments: list[str]) -> None:
+    """Parse, look, print."""
+    options = parser("runs", _DESCRIPTION, _EXAMPLES)
+    options.add_argument("directory", nargs="?", type=Path, default=RUNS, help=f"that holds the runs ({RUNS}/)")
+    options.add_argument("--last", type=int, default=20, metavar="N", help="only the last N (20)")
+    add_json(options)
+    given = options.parse_args(arguments)
+    found = sorted(_summaries(given.directory), key=lambda run: run.started_s)
+    shown = found[-given.last :] if given.last > 0 else []
+    if shown:
+        print(table(shown, time.time()))
+    if len(shown) < len(found):
+        print(f"and {len(found) - len(shown)} earlier ones: --last {len(found)} shows all", file=sys.stderr)
+    if not found:
+        print(f"no run is under {given.directory}/; `millrace train TASK` starts one", file=sys.stderr)
+    if given.json:
+        print_json({"runs": [dataclasses.asdict(run) | {"path": str(run.path)} for run in shown]})
+
+
+def table(runs: list[RunSummary], now_s: float) -> str:
+    """Runs in aligned columns; now_s: since the epoch."""
+    rows = [["run", "state", "step", "loss", "steps/s", "started"]]
+    for run in runs:
+        loss = "-" if run.loss is None else f"{run.loss:.4g}"
+        rate = "-" if run.steps_per_s is None else format_rate(run.steps_per_s)
+        rows.append([run.name, run.status, str(run.step), loss, rate, ago(now_s - run.started_s)])
+    return aligned(rows)
+
+
+def ago(age_s: float) -> str:
+    """A time in the past, in its largest unit."""
+    for unit, size_s in _UNITS:
+        if age_s >= size_s:
+            return f"{age_s / size_s:.0f} {unit} ago"
+    return f"{max(age_s, 0):.0f} s ago"
+
+
+def _summaries(directory: Path) -> list[RunSummary]:
+    """Of all runs that can be read; of the others it is said why not."""
+    found = []
+    for run in RunDirectory.all(directory):
+        try:
+            found.append(summarize(run))
+        except RunDirectoryError as error:
+            print(f"millrace runs: {error}", file=sys.stderr)
+    return found
