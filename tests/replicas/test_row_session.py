@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.replicas.test_server_session import all_follow, pid_of, serving, until
+from tests.replicas.real_session import pid_of, session_over
+from tests.replicas.test_server_session import all_follow, until
 from torch import Tensor, nn
 
 import millrace
@@ -58,7 +59,7 @@ def test_rows_train_as_whole_tables_bit_for_bit(tmp_path: Path) -> None:
     whole = Session(graph, copy=True, compile="eager")
     expected = trained(whole, range(6))
     lines: list[str] = []
-    with serving(graph, Sync(parameter_servers=2, copies=False), 1, say=lines.append) as session:
+    with session_over(graph, Sync(parameter_servers=2, copies=False), 1, say=lines.append) as session:
         assert session.tables == ("words.weight", "bags.weight")
         assert [line for line in lines if "whole" in line] == [
             "the table 'few.weight' travels whole in every step: a batch looks 7 rows up, and it has 5"
@@ -77,7 +78,7 @@ def test_rows_train_as_whole_tables_bit_for_bit(tmp_path: Path) -> None:
 def test_slices_that_name_the_same_rows_are_summed() -> None:
     graph = graph_of(millrace.optim.sgd(0.5))
     whole = Session(graph, copy=True, compile="eager")
-    with serving(graph, Sync(parameter_servers=2, copies=False), 3) as session:
+    with session_over(graph, Sync(parameter_servers=2, copies=False), 3) as session:
         assert trained(session, range(5)) == pytest.approx(trained(whole, range(5)), rel=1e-9)
         for name, value in whole.variables.items():
             torch.testing.assert_close(session.variables[name], value, rtol=1e-9, atol=1e-9)
@@ -85,9 +86,9 @@ def test_slices_that_name_the_same_rows_are_summed() -> None:
 
 def test_a_copy_takes_over_with_all_rows() -> None:
     graph = graph_of(millrace.optim.adagrad(0.5))
-    with serving(graph, Sync(parameter_servers=2, copies=False), 2) as session:
+    with session_over(graph, Sync(parameter_servers=2, copies=False), 2) as session:
         expected, final = trained(session, range(8)), dict(session.variables)
-    with serving(graph, Sync(parameter_servers=2), 2, spares=1) as session:
+    with session_over(graph, Sync(parameter_servers=2), 2, spares=1) as session:
         found = trained(session, range(2))
         for shard in (0, 1):
             until(session, lambda: all_follow(session))
@@ -100,7 +101,7 @@ def test_a_copy_takes_over_with_all_rows() -> None:
 def test_rows_of_several_batches_are_pushed_together() -> None:
     graph = graph_of(millrace.optim.sgd(0.5))
     batches = [batch(seed) for seed in range(4)]
-    with serving(graph, Async(fetch_every=2, push_every=2, copies=False), 1) as session:
+    with session_over(graph, Async(fetch_every=2, push_every=2, copies=False), 1) as session:
         assert len(list(session.stream([TRAIN], batches))) == 4
         found = dict(session.variables)
     expected = Session(graph, copy=True, compile="eager")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,62 +12,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.graph.step_models import MODELS, batch_of, step_graph
+from tests.replicas.real_session import EXAMPLES, pid_of, session_over, train, values_of
 from torch import Tensor, nn
 
 import millrace
 from millrace.errors import FeedError, FetchError, SettingError
 from millrace.graph.graph import TRAIN, Graph
 from millrace.graph.training import training_graph
-from millrace.replicas.hub import Hub
 from millrace.replicas.server_session import ServerSession
 from millrace.replicas.settings import Async, Sync
-from millrace.runtime.launch import ProcessLauncher
 from millrace.runtime.session import Session
 
-EXAMPLES = 7  # do not divide by 2 or 3
 IDLE_S = 30.0  # for processes to start
-
-
-@contextlib.contextmanager
-def serving(
-    graph: Graph, update: Sync | Async, replicas: int, *, spares: int = 0, **settings: object
-) -> Iterator[ServerSession]:
-    """A session. When it is closed no process of it is left, and nothing in its directory."""
-    directory = tempfile.TemporaryDirectory(prefix="millrace-")
-    launcher = ProcessLauncher("millrace.replicas.member", [], 1, Path(directory.name))
-    hub = Hub(launcher, secrets.token_bytes(32), Path(directory.name), print)
-    with ServerSession(
-        graph,
-        hub,
-        update,
-        replicas=replicas,
-        spares=spares,
-        variables={name: value.detach().clone() for name, value in graph.initial.items()},
-        compile="eager",
-        directory=directory,
-        **settings,
-    ) as session:
-        session.launcher = launcher  # type: ignore[attr-defined]
-        yield session
-    assert not Path(directory.name).exists()
-    for pid in launcher.pids.values():
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
-
-
-def train(session: Session | ServerSession, kind: str, steps: int, first: int = 0) -> list[float]:
-    losses = []
-    for step in range(first, first + steps):
-        losses.append(float(session.run([TRAIN, "loss"], batch_of(kind, EXAMPLES, step))[1]))
-    return losses
-
-
-def values_of(session: Session | ServerSession) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in session.variables.items()}
-
-
-def pid_of(session: ServerSession, member: str) -> int:
-    return int(session.launcher.pids[member])  # type: ignore[attr-defined]
 
 
 def worker_of(session: ServerSession) -> str:
@@ -82,7 +35,7 @@ def until(session: ServerSession, done: Callable[[], bool]) -> None:
     end_s = time.monotonic() + IDLE_S
     while not done():
         assert time.monotonic() < end_s
-        session._turn()
+        session._hear()
 
 
 def all_follow(session: ServerSession) -> bool:
@@ -94,7 +47,7 @@ def test_servers_take_the_steps_of_one_session(model: str, replicas: int, tmp_pa
     graph, kind = step_graph(model, "adamw"), MODELS[model][1]
     whole = Session(graph, copy=True, compile="eager")
     expected = train(whole, kind, 4)
-    with serving(graph, Sync(parameter_servers=2, copies=False), replicas) as session:
+    with session_over(graph, Sync(parameter_servers=2, copies=False), replicas) as session:
         found = train(session, kind, 4)
         after = values_of(session)
         assert found == pytest.approx(expected, rel=1e-9)
@@ -120,9 +73,9 @@ def test_servers_take_the_steps_of_one_session(model: str, replicas: int, tmp_pa
 def test_lost_processes_cost_no_bit_of_a_synchronous_run() -> None:
     """A worker, a copy and a server are killed while a step is in flight."""
     graph = step_graph("cnn", "adamw")
-    with serving(graph, Sync(parameter_servers=2, copies=False), 2) as session:
+    with session_over(graph, Sync(parameter_servers=2, copies=False), 2) as session:
         expected, final = train(session, "images", 14), values_of(session)
-    with serving(graph, Sync(parameter_servers=2), 2, spares=1) as session:
+    with session_over(graph, Sync(parameter_servers=2), 2, spares=1) as session:
         found = train(session, "images", 2)
         places = session._pool.places
         for victim in ("worker", "copy", "server"):
@@ -142,7 +95,7 @@ def test_lost_processes_cost_no_bit_of_a_synchronous_run() -> None:
 
 def test_a_frozen_backup_worker_delays_nobody() -> None:
     graph = step_graph("mlp", "sgd")
-    with serving(graph, Sync(parameter_servers=1, backup=1, copies=False), 1, spares=0) as session:
+    with session_over(graph, Sync(parameter_servers=1, backup=1, copies=False), 1, spares=0) as session:
         until(session, lambda: len(session._pool._of("free")) == 2)
         train(session, "numbers", 20)
         name = worker_of(session)
@@ -189,7 +142,7 @@ def test_asynchronous_training_goes_on_whoever_is_lost() -> None:
     line = Line()
     graph = line.graph()
     faults = ["worker frozen", "worker killed", "server killed", "server frozen"]
-    with serving(graph, Async(), 2, spares=2) as session:
+    with session_over(graph, Async(), 2, spares=2) as session:
         until(session, lambda: all_follow(session) and len(session._pool._of("free")) == 2)
         losses: list[float] = []
         what, gone, gap_s, last_s = "", "", 0.0, time.monotonic()
@@ -232,7 +185,7 @@ def test_fetching_and_pushing_now_and_then() -> None:
     line = Line()
     graph = line.graph()
     batches = [line.batch() for _ in range(8)]
-    with serving(graph, Async(fetch_every=3, push_every=3, copies=False), 1) as session:
+    with session_over(graph, Async(fetch_every=3, push_every=3, copies=False), 1) as session:
         found = list(session.stream([TRAIN, "loss"], batches))
         assert len(found) == 8
         assert sum(session.staleness.values()) == 3
@@ -246,6 +199,6 @@ def test_fetching_and_pushing_now_and_then() -> None:
 def test_more_servers_than_parameters_are_refused() -> None:
     with (
         pytest.raises(SettingError, match="parameter_servers=9"),
-        serving(step_graph("mlp", "sgd"), Async(parameter_servers=9), 1),
+        session_over(step_graph("mlp", "sgd"), Async(parameter_servers=9), 1),
     ):
         pass

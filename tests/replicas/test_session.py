@@ -2,56 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
 import signal
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
 from tests.graph.step_models import MODELS, batch_of, step_graph
+from tests.replicas.real_session import EXAMPLES, pid_of, session_over, train, values_of
 from torch import Tensor
 
 from millrace.errors import FetchError, MillraceError, WorkerError
-from millrace.graph.graph import TRAIN, Graph
+from millrace.graph.graph import TRAIN
 from millrace.graph.training import training_graph
-from millrace.replicas.hub import Hub
-from millrace.replicas.rendezvous import Rendezvous
 from millrace.replicas.session import ReplicatedSession
-from millrace.runtime.launch import ProcessLauncher
+from millrace.replicas.settings import Sync
 from millrace.runtime.session import Session
-
-EXAMPLES = 7  # do not divide by 2 or 3
-
-
-@contextlib.contextmanager
-def replicated(graph: Graph, replicas: int, *, spares: int = 0, **settings: object) -> Iterator[ReplicatedSession]:
-    directory = tempfile.TemporaryDirectory(prefix="millrace-")
-    launcher = ProcessLauncher("millrace.replicas.member", [], 1, Path(directory.name))
-    hub = Hub(launcher, secrets.token_bytes(32), Path(directory.name), print)
-    with ReplicatedSession(
-        graph,
-        hub,
-        Rendezvous(),
-        replicas=replicas,
-        spares=spares,
-        variables={name: value.detach().clone() for name, value in graph.initial.items()},
-        compile="eager",
-        directory=directory,
-        **settings,
-    ) as session:
-        session.launcher = launcher  # type: ignore[attr-defined]
-        yield session
-    assert not Path(directory.name).exists()
-
-
-def pid_of(session: ReplicatedSession, member: str) -> int:
-    return int(session.launcher.pids[member])  # type: ignore[attr-defined]
 
 
 def workers_of(session: ReplicatedSession) -> list[str]:
@@ -60,23 +28,12 @@ def workers_of(session: ReplicatedSession) -> list[str]:
     return [seats[seat] for seat in sorted(seats)]
 
 
-def train(session: Session | ReplicatedSession, kind: str, steps: int, first: int = 0) -> list[float]:
-    losses = []
-    for step in range(first, first + steps):
-        losses.append(float(session.run([TRAIN, "loss"], batch_of(kind, EXAMPLES, step))[1]))
-    return losses
-
-
-def values_of(session: Session | ReplicatedSession) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in session.variables.items()}
-
-
 @pytest.mark.parametrize(("model", "replicas"), [("lstm", 2)])
 def test_replicas_take_the_steps_of_one_session(model: str, replicas: int) -> None:
     graph, kind = step_graph(model, "millrace adam clipped"), MODELS[model][1]
     whole = Session(graph, copy=True, compile="eager")
     expected = train(whole, kind, 4)
-    with replicated(graph, replicas) as session:
+    with session_over(graph, Sync(), replicas) as session:
         found = train(session, kind, 4)
         after = values_of(session)
         assert found == pytest.approx(expected, rel=1e-9)
@@ -111,9 +68,9 @@ def frozen(pid: int) -> None:
 def test_a_lost_worker_costs_the_step_in_flight_and_no_bit_of_the_result(fault: Fault, slice_: int) -> None:
     """A spare takes its place; the variables are those of a run without faults, bit for bit."""
     graph = step_graph("cnn", "adamw")
-    with replicated(graph, 3) as session:
+    with session_over(graph, Sync(), 3) as session:
         expected, final = train(session, "images", 12), values_of(session)
-    with replicated(graph, 3, spares=1) as session:
+    with session_over(graph, Sync(), 3, spares=1) as session:
         found = train(session, "images", 4)
         while len(session.members) < 4:  # the spare comes later
             time.sleep(0.05)
@@ -136,7 +93,7 @@ def test_survivors_share_the_slices_of_whom_nobody_replaces(monkeypatch: pytest.
     graph = step_graph("mlp", "adamw")
     whole = Session(graph, copy=True, compile="eager")
     expected = train(whole, "numbers", 8)
-    with replicated(graph, 3) as session:
+    with session_over(graph, Sync(), 3) as session:
         found = train(session, "numbers", 3)
         monkeypatch.setattr(session._hub, "start", lambda count: None)  # nobody comes
         killed(pid_of(session, workers_of(session)[1]))
@@ -150,7 +107,7 @@ def test_replicas_are_added_and_taken_away_while_it_runs() -> None:
     graph = step_graph("mlp", "adamw")
     whole = Session(graph, copy=True, compile="eager")
     expected = train(whole, "numbers", 9)
-    with replicated(graph, 1) as session:
+    with session_over(graph, Sync(), 1) as session:
         found = train(session, "numbers", 3)
         session.resize(3)
         while len(session.members) < 3:
@@ -174,7 +131,7 @@ def test_an_error_of_the_model_ends_the_run_and_names_worker_step_and_line() -> 
     net = torch.nn.Linear(4, 3).double()
     batch = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 2, 1])
     graph = training_graph(net, failing, torch.optim.SGD(net.parameters(), lr=0.1), batch)
-    with replicated(graph, 2) as session:
+    with session_over(graph, Sync(), 2) as session:
         session.run([TRAIN, "loss"], batch)
         bad = batch[0], torch.tensor([0, 1, 2, 3, 2, 9])
         with pytest.raises(MillraceError, match=r"(?s)(worker m\d, step 2: .*)?test_session.py:\d+ in failing"):
@@ -183,7 +140,7 @@ def test_an_error_of_the_model_ends_the_run_and_names_worker_step_and_line() -> 
 
 def test_everybody_lost_at_once_ends_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = step_graph("mlp", "sgd")
-    with replicated(graph, 2) as session:
+    with session_over(graph, Sync(), 2) as session:
         train(session, "numbers", 2)
         monkeypatch.setattr(session._hub, "start", session._hub.start)
         for member in session.members:

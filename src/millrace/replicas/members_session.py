@@ -1,0 +1,263 @@
+"""What sessions over processes that may be lost have in common, however their replicas agree.
+
+A subclass has a state machine that decides what to do next; here members are heard, and its commands carried out.
+"""
+
+from __future__ import annotations
+
+import abc
+import logging
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from tempfile import TemporaryDirectory
+from typing import Any, TypedDict
+
+from torch import Tensor
+
+from millrace import errors
+from millrace.compile.tiered import Say
+from millrace.errors import FetchError, MillraceError, StepError, VariablesLostError, WorkerError, did_you_mean
+from millrace.graph.graph import TRAIN, Graph
+from millrace.replicas import hub as hub_events
+from millrace.replicas.hub import Hub
+from millrace.replicas.pool_events import Kill, PoolCommand
+from millrace.replicas.programs import Programs
+from millrace.replicas.protocol import (
+    DriverCommand,
+    Expect,
+    Failed,
+    Joined,
+    Lost,
+    Said,
+    StartMembers,
+    Stop,
+    Story,
+    Tell,
+)
+from millrace.replicas.step_times import StepTimes
+from millrace.replicas.worker import GRAPH
+from millrace.runtime.aliasing import Memory
+from millrace.runtime.feeds import FeedReader
+from millrace.runtime.messages import Message
+from millrace.runtime.ranges import feed_ranges
+from millrace.runtime.remote_session import RemoteSession
+
+log = logging.getLogger(__name__)
+
+_TURN_S = 1.0
+_STORIES = 200  # kept for errors
+_STORIES_TOLD = 12
+
+
+class MembersSettings(TypedDict, total=False):
+    """What every session over members may be given.
+
+    variables: name -> value, where they are not `graph.initial`.
+    compile: as for `Session`.
+    patience_s: how long a worker may do nothing that can be seen. None: ten times what a step takes, at least 2 s.
+    drop_failing: whether a worker whose step raises an error is replaced like one that was killed. Otherwise, by
+        default, the error ends the run.
+    directory: what the processes share; the session removes it.
+    """
+
+    variables: Mapping[str, Tensor] | None
+    compile: str
+    patience_s: float | None
+    drop_failing: bool
+    directory: TemporaryDirectory[str] | None
+    say: Say
+
+
+class MembersSession(RemoteSession):
+    """Attributes: stories: what happened to the members, the last last. closed: whether the session is."""
+
+    _programs: Programs
+
+    def __init__(
+        self,
+        graph: Graph,
+        hub: Hub,
+        *,
+        variables: Mapping[str, Tensor] | None = None,
+        compile: str = "tiered",
+        patience_s: float | None = None,
+        drop_failing: bool = False,
+        directory: TemporaryDirectory[str] | None = None,
+        say: Say = log.info,
+    ) -> None:
+        """hub: starts processes and hears of them; the session closes it. Of the rest, see `MembersSettings`."""
+        super().__init__(graph, variables, say)
+        self.stories: deque[str] = deque(maxlen=_STORIES)
+        self.closed = False
+        self._hub, self._directory = hub, directory
+        self._compile, self._drop_failing, self._say = compile, drop_failing, say
+        self._times = StepTimes(compile, patience_s)
+        self._reader = FeedReader(graph, Memory([]))
+        self._ranges = feed_ranges(graph)
+        self._hosts: dict[str, str] = {}  # the machine of every member that there was
+        self._given: dict[str, set[int]] = {}  # which programs each worker has
+        self._beside: dict[tuple[str, str], Message] = {}  # the newest message of each member and kind
+        self._failure = ""
+
+    def close(self) -> None:
+        """End the processes; what they hold of the variables goes with them."""
+        self.closed = True
+        self._hub.close()
+        if self._directory is not None:
+            self._directory.cleanup()
+
+    def begin_again(self) -> None:
+        """See `RemoteSession.begin_again`."""
+        self._hub.clear("the run begins again")
+        for forgotten in (self._hosts, self._given, self._beside):
+            forgotten.clear()
+        self._stale, self._failure = False, ""
+        self._start()
+
+    @abc.abstractmethod
+    def _start(self) -> None:
+        """Have a new state machine begin with the first members."""
+
+    def kill(self, member: str) -> None:
+        """End one of the processes by SIGKILL, as a fault would."""
+        self._hub.kill(member, "it was killed on purpose")
+
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """The processes that compute, and are not known to be lost."""
+        there = self._hub.members
+        return tuple(member for member in self._given if member in there)
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """All processes that have joined and are not known to be lost, those that stand by among them."""
+        return self._hub.members
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    def run(self, fetches: str | Sequence[str], feed: Any = None) -> Any:
+        """Run what `fetches` need; see `Session.run`. What changes no variable runs in this process.
+
+        Raises: besides what `Session.run` raises, WorkerError when the variables are lost, StepError naming the worker
+            whose batch or slice failed.
+        """
+        names = (fetches,) if isinstance(fetches, str) else tuple(fetches)
+        if TRAIN not in names:
+            self.pull()
+            return self._own.run(fetches, feed)
+        found = self._train(names, feed)
+        return found[0] if isinstance(fetches, str) else found
+
+    @abc.abstractmethod
+    def _train(self, names: Sequence[str], feed: Any) -> list[Any]:
+        """The fetches of a step, which is taken."""
+
+    def _check_fetches(self, names: Iterable[str], known: Collection[str], where: str) -> None:
+        for name in names:
+            if name not in known:
+                raise FetchError(f"{name!r} is no fetch of a step over {where}. {did_you_mean(name, list(known))}")
+
+    def read_all(self, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """See `RemoteSession.read_all`."""
+        known = self._own.variables
+        wanted = [v.name for v in self.graph.variables] if names is None else list(names)
+        for name in wanted:
+            if name not in known:
+                raise FetchError(f"no variable is called {name!r}. {did_you_mean(name, list(known))}")
+        newer = self._read_members() if self._stale else {}
+        return {name: newer[name] if name in newer else known[name].clone() for name in wanted}
+
+    @abc.abstractmethod
+    def _read_members(self) -> Mapping[str, Tensor]:
+        """Copies of the values of all variables that others have changed."""
+
+    # -- members -------------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def _decide(self, event: Joined | Lost | Said) -> None:
+        """Carry out what the state machine says to an event."""
+
+    @abc.abstractmethod
+    def _tell(self, member: str, kind: str, fields: dict[str, Any]) -> None:
+        """Send a message with what belongs beside it."""
+
+    def _keep(self, member: str, message: Message) -> None:
+        """Keep what came beside a message."""
+        self._beside[member, message.kind] = message
+
+    def _hear(self, within_s: float = _TURN_S) -> bool:
+        """Wait for something to happen, and do what follows. Bounded: whoever is waited for is under `Expect`.
+
+        Returns: whether something did. Raises: WorkerError when the session has failed, now or before.
+        """
+        if self._failure:
+            raise WorkerError(f"this session has failed before: {self._failure}")
+        event = self._hub.next(within_s)
+        match event:
+            case hub_events.Joined(member, host=host):
+                self._hosts[member] = host
+                self._decide(Joined(member))
+            case hub_events.Lost(member, why):
+                if self._given.pop(member, None) is not None:  # not one that stood by, or was not needed any more
+                    self._say(f"worker {member} was lost{self._when()}: {why}")
+                self._decide(Lost(member, why))
+            case hub_events.Said(member, message):
+                if message.kind == "error":
+                    self._failed_in(member, message)
+                else:
+                    self._keep(member, message)
+                    self._decide(Said(member, message.kind, message.fields))
+        return event is not None
+
+    def _when(self) -> str:
+        return ""
+
+    def _load(self, member: str, key: int) -> None:
+        """Have a worker make a program ready, unless it has it."""
+        if key not in self._given[member]:
+            self._given[member].add(key)
+            program = {GRAPH: self._programs.content(key), **self._programs.indices(key)}
+            self._hub.send(member, Message("program", {"key": key}, program))
+
+    def _failed_in(self, member: str, message: Message) -> None:
+        who = f"worker {member}" if member in self._given else member
+        text = f"{who}{self._when()}: {message.fields['text']}"
+        self.stories.append(text)
+        if self._drop_failing or message.fields["type"] == WorkerError.__name__:  # of others, not of the user's code
+            self._say(f"{text}\nIt is replaced.")  # its process ends, which is a loss like any other
+            return
+        self._failure = text
+        kind: type[MillraceError] = getattr(errors, message.fields["type"], StepError)
+        raise kind(text)
+
+    def _carry_out(self, commands: Iterable[DriverCommand | PoolCommand]) -> None:
+        for command in commands:
+            match command:
+                case Tell(member, kind, fields):
+                    self._tell(member, kind, dict(fields))
+                case StartMembers(count):
+                    self._hub.start(count)
+                case Stop(member):
+                    self._given.pop(member, None)
+                    self._hub.kill(member, "not needed any more")
+                case Kill(member, why):
+                    self._hub.kill(member, why)
+                case Expect(member, doing):
+                    self._hub.expect(member, None if doing is None else self._within_s(doing))
+                case Story(text):
+                    self.stories.append(text)
+                    log.debug(text)
+                case Failed(reason, variables_lost):
+                    self._failure = reason
+                    error = VariablesLostError if variables_lost else WorkerError
+                    raise error(f"{reason}\nWhat happened:\n  " + "\n  ".join(list(self.stories)[-_STORIES_TOLD:]))
+                case _:
+                    self._take(command)
+
+    @abc.abstractmethod
+    def _take(self, command: DriverCommand | PoolCommand) -> None:
+        """Take an answer of the state machine."""
+
+    def _within_s(self, doing: str) -> float:
+        """How long a member may show no progress while it is to do something."""
+        return self._times.patience_s
