@@ -21,7 +21,8 @@ class Line:
     """The line to the driver. For any thread. When the driver ends it, this process ends.
 
     name: this member's. directory: the run's, for sockets and files; only its user can enter. token: the run's, for
-    connections between members.
+    connections between members. host: the address by which this machine has reached the driver, and by which the other
+    members reach it; None where all members are on the driver's machine.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class Line:
         self.name = name
         self.directory = directory
         self.token = token
+        self.host: str | None = None if connection.family == socket.AF_UNIX else connection.getsockname()[0]
         self._connection = connection
         self._beat = beat
         self._saying = threading.Lock()
@@ -39,6 +41,10 @@ class Line:
         self._counting = threading.Lock()
         for work in (self._listen, self._keep_beating):
             threading.Thread(target=_or_end, args=(work,), name=work.__name__, daemon=True).start()
+
+    def place(self, name: str) -> str:
+        """Where a server of this member's may listen: a socket of that name, or any port where hosts are several."""
+        return f"unix:{self.directory}/{name}" if self.host is None else f"tcp:{self.host}:0"
 
     def say(self, message: Message) -> None:
         """Tell the driver."""

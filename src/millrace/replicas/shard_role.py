@@ -47,7 +47,7 @@ class _ShardRole:
         store = ShardStore(who, variables, graph_from_bytes(as_bytes(role.tensors[GRAPH])))
         policy = policy_from_json(fields["policy"])
         self._server = ShardServer(store, policy, is_copy=is_copy, patience_s=fields["timeout_s"])
-        listener = listen(f"unix:{line.directory}/shard-{number}-{line.name}")
+        listener = listen(line.place(f"shard-{number}-{line.name}"))
         self._address = listener.address
         threading.Thread(target=self._server.serve, args=(listener, line.token), name="serve", daemon=True).start()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ from millrace.replicas.shared_group import SharedGroup
 from millrace.replicas.worker_state import WorkerState
 from millrace.runtime.messages import LONGEST_WAIT_S, Message
 
+_LOOPBACK = "127.0.0.1"
 GRAPH, VARIABLE, UPDATE = "graph", "variable/", "update"  # begin the names of tensors beside messages
 
 
@@ -117,7 +119,7 @@ class _Worker:
         match command:
             case FormGroup(generation, rank, size):
                 self._line.progress(f"forming generation {generation} as rank {rank} of {size}")
-                kind = SharedGroup if self._one_host else GlooGroup
+                kind = SharedGroup if self._one_host else partial(GlooGroup, host=self._line.host or _LOOPBACK)
                 self._group = kind(
                     StoreAddress(**self._role.fields["store"]),
                     generation,
