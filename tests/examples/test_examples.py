@@ -219,3 +219,12 @@ def test_replicas_that_agree_after_every_tenth_step_learn_as_well(tmp_path: Path
     found = re.search(r"accuracy ([\d.]+) agreeing after every step, ([\d.]+) after every tenth", printed)
     assert found is not None
     assert float(found[2]) > float(found[1]) - 0.05 > 0.8
+
+
+def test_a_table_on_servers_learns_by_the_rows_that_batches_name(tmp_path: Path) -> None:
+    done = run("sparse_embeddings.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "travels whole" not in done.stderr
+    found = re.search(r"accuracy ([\d.]+) over 30 topics, the most frequent of which makes up ([\d.]+)", done.stdout)
+    assert found is not None
+    assert float(found[1]) > 2.5 * float(found[2])

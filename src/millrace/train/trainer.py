@@ -180,6 +180,11 @@ class Trainer:
         steps, epochs = self.plan.steps, self.plan.epochs
         return (steps is not None and self.step >= steps) or (epochs is not None and self._batches.epoch >= epochs)
 
+    def _current_epoch(self) -> int:
+        """From 1. Batches may have been read to their end while the last ones are in work."""
+        current = self._batches.epoch + 1
+        return current if self.plan.epochs is None else min(current, self.plan.epochs)
+
     def _epochs_done(self) -> int:
         """Complete epochs, also when the end of the last one has not been read."""
         per_epoch = self._batches.batches_per_epoch
@@ -246,7 +251,7 @@ class Trainer:
             self._after_step({name: value[index] for name, value in by_name.items()}, calls[index])
         last = {name: value[-1] for name, value in by_name.items()}
         examples = sum(examples_in(batch) for batch in calls)
-        self._journal.show(self.step, last, examples=examples, epoch=self._batches.epoch + 1)
+        self._journal.show(self.step, last, examples=examples, epoch=self._current_epoch())
 
     def _take_stretch(self, batches: Iterator[Any]) -> None:
         """Run a step for every batch, in the order in which they are done."""
@@ -254,7 +259,7 @@ class Trainer:
         for found, batch in self._session.stream([TRAIN, *self._fetches], batches):
             values = dict(zip(self._fetches, found[1:], strict=True))
             self._after_step(values, batch)
-            self._journal.show(self.step, values, examples=examples_in(batch), epoch=self._batches.epoch + 1)
+            self._journal.show(self.step, values, examples=examples_in(batch), epoch=self._current_epoch())
 
     def _after_step(self, values: Mapping[str, Tensor], batch: Any) -> None:
         self._place = replace(self._place, step=self.step + 1)
