@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import select
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.replicas.collective_rank import LARGE
 
 from millrace.errors import SettingError, WorkerError
 from millrace.replicas.gloo_group import GlooGroup
@@ -156,6 +158,20 @@ def test_bfloat16_on_the_wire_keeps_its_bound(size: int, team: Team) -> None:
         assert len({answer["digest"] for answer in found}) == 1
         assert LIMITS["float32"] < found[0]["error"] <= LIMITS["bfloat16"]
     team.all(size, "close")
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_bfloat16_halves_what_float32_gradients_send(size: int, team: Team) -> None:
+    sent = []
+    for wire in (None, "bfloat16"):
+        team.join("gloo", size, wire=wire)
+        before = sum(team.all(size, "sent_bytes"))
+        team.all(size, "reduce", seed=3, dtype="float32", large=True)
+        sent.append(sum(team.all(size, "sent_bytes")) - before)
+        team.all(size, "close")
+    least = 2 * (size - 1) * 4 * sum(math.prod(shape) for shape in LARGE)  # of a ring
+    assert least <= sent[0] < 1.05 * least
+    assert sent[1] == pytest.approx(sent[0] / 2, rel=0.05)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -35,7 +35,11 @@ class Group(abc.ABC):
 
     Every rank makes the same calls in the same order, with tensors of the same sizes and dtypes. Any call may raise
     WorkerError: then the group has failed for good, and tensors that were being reduced hold garbage.
+
+    works_in_wait: whether all-reduces that have begun get on only while somebody waits for them.
     """
+
+    works_in_wait = True
 
     def __init__(self, generation: int, rank: int, size: int, abandoned: Callable[[], bool], timeout_s: float) -> None:
         if not 0 <= rank < size:

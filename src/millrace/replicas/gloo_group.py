@@ -33,8 +33,9 @@ from millrace.errors import SettingError, WorkerError
 from millrace.replicas.buckets import divide
 from millrace.replicas.collective import Group
 from millrace.replicas.rendezvous import GRACE_S, StoreAddress
+from millrace.replicas.settings import WIRE
 
-WIRES = (None, "bfloat16")
+WIRES = (None, WIRE)
 _THREADS = (
     8  # operations under way at a time; with gloo's own 2, sixty tensors took a fifth longer between 2 and 4 ranks
 )
@@ -86,6 +87,7 @@ class GlooGroup(Group):
         if wire not in WIRES:
             raise SettingError(f"wire is one of {', '.join(map(repr, WIRES))}, not {wire!r}.")
         self._wire = wire
+        self.works_in_wait = wire is not None  # whose second operations begin there
         self._flights: dict[int, list[_Flight]] = {}
         self._buffers: dict[tuple[int, str], Tensor] = {}
         self._kept: _Kept | None = None

@@ -6,7 +6,7 @@ outer rule is Nesterov's momentum on the mean of (variables before - variables a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from millrace.graph.random import slice_random
 from millrace.graph.signature import Role
 from millrace.replicas.replica import Computed, Slice
 from millrace.replicas.settings import LocalSteps
+from millrace.replicas.stages import all_stages
 from millrace.runtime.session import Session
 
 _OUTER = "outer/"  # begins the momentum of a parameter
@@ -63,9 +64,10 @@ class LocalReplica:
         for session in self._programs.values():
             session.close()
 
-    def compute(self, slices: Sequence[Slice]) -> Computed:
+    def compute(self, slices: Sequence[Slice], begin: Callable[[Sequence[Tensor]], None] | None = None) -> Computed:
         """Train on the batches of each slice, from the same variables. Fetches are stacked along a new first axis.
 
+        Args: begin: nothing is given early, as all is changed until the last step.
         Raises: WorkerError for a program that was not loaded; what the step itself raises.
         """
         fetches: list[Mapping[str, Tensor]] = []
@@ -81,7 +83,7 @@ class LocalReplica:
                     continue
                 change = (self.variables[name] - value).mul_(one.weight)
                 means[name] = means[name].add_(change) if name in means else change
-        return Computed(tuple(fetches), means, others)
+        return Computed(tuple(fetches), means, others, all_stages((), means))
 
     def _is_shared(self, name: str) -> bool:
         return self._roles[name] in (Role.PARAMETER, Role.BUFFER)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,11 @@ from millrace.errors import WorkerError
 from millrace.graph.graph import TRAIN, Graph
 from millrace.graph.random import slice_random
 from millrace.graph.signature import Role, TensorSpec
+from millrace.replicas.staged_program import StagedProgram
+from millrace.replicas.stages import Stages, all_stages
 from millrace.runtime.session import Session
+
+Early = Callable[[Mapping[str, Tensor]], None]  # is given values as soon as they are there
 
 NEW = "new/"  # begins the fetch of a variable's value after the forward pass
 
@@ -41,11 +45,15 @@ class Computed:
 
     fetches: of every slice, the user's. means: what is to be added over the workers: gradients and floating buffers,
     each the sum over the slices times their weights. others: new values of variables that need no mean.
+    stages: the names of the means, in the order in which they are added up, which is the same for all workers. begun:
+    how many of these stages were handed over early.
     """
 
     fetches: tuple[Mapping[str, Tensor], ...]
     means: Mapping[str, Tensor]
     others: Mapping[str, Tensor]
+    stages: Stages
+    begun: int = 0
 
 
 class Gradients:
@@ -54,11 +62,21 @@ class Gradients:
     Args:
         exchanged: names of what the update reads.
         variables: all that the programs read, by name.
+        stages: of the exchanged values, those that can be given early.
     """
 
-    def __init__(self, exchanged: Sequence[str], variables: Mapping[str, Tensor], *, compile: str, say: Say) -> None:
+    def __init__(
+        self,
+        exchanged: Sequence[str],
+        variables: Mapping[str, Tensor],
+        *,
+        compile: str,
+        say: Say,
+        stages: Stages = (),
+    ) -> None:
         self.variables = dict(variables)
-        self._compile, self._say = compile, say
+        self._compile, self._say, self._stages = compile, say, stages
+        self._staged: dict[int, StagedProgram] = {}
         self._random = ""
         self._exchanged = tuple(exchanged)
         self._programs: dict[int, Session] = {}
@@ -69,18 +87,21 @@ class Gradients:
         self._random = next((v.name for v in gradients.variables if v.role is Role.RANDOM), self._random)
         self._programs[key] = self._session(gradients.with_(fetches={**gradients.fetches, **news}, updates={}))
 
-    def values(self, number: int, key: int, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def values(
+        self, number: int, key: int, feeds: Mapping[str, Tensor], early: Early | None = None
+    ) -> dict[str, Tensor]:
         """What slice `number` of a batch gives: fetches, exchanged values and, behind `NEW`, what the forward pass
-        makes of variables, none of which is changed."""
-        session = self._program(key)
-        names = list(session.graph.fetches)
+        makes of variables, none of which is changed.
+
+        Args: early: is given the values of each stage while the others are computed. None: they all come at the end.
+        """
         random = self.variables.get(self._random)
         if random is None:
-            return dict(zip(names, session.run(names, dict(feeds) or None), strict=True))
+            return self._run(key, feeds, early)
         base = random.clone()
         random.copy_(slice_random(base, number))
         try:
-            values = dict(zip(names, session.run(names, dict(feeds) or None), strict=True))
+            values = self._run(key, feeds, early)
         finally:
             random.copy_(base)
         drawn = values.get(NEW + self._random)
@@ -95,11 +116,22 @@ class Gradients:
 
     def close(self) -> None:
         """End what compiles in the background."""
-        for session in self._sessions():
+        for session in [*self._sessions(), *self._programs.values()]:
             session.close()
 
-    def _sessions(self) -> list[Session]:
-        return list(self._programs.values())
+    def _run(self, key: int, feeds: Mapping[str, Tensor], early: Early | None) -> dict[str, Tensor]:
+        session = self._program(key)
+        if early is None or not self._stages:
+            names = list(session.graph.fetches)
+            return dict(zip(names, session.run(names, dict(feeds) or None), strict=True))
+        if key not in self._staged:
+            self._staged[key] = StagedProgram(
+                session.graph, self._stages, self.variables, compile=self._compile, say=self._say
+            )
+        return self._staged[key].run(feeds, early)
+
+    def _sessions(self) -> list[Session | StagedProgram]:
+        return [self._staged.get(key, session) for key, session in self._programs.items()]
 
     def _session(self, graph: Graph) -> Session:
         own = {variable.name: self.variables[variable.name] for variable in graph.variables}
@@ -117,36 +149,61 @@ class Replica(Gradients):
     Args:
         update: the half of the step that applies gradients.
         variables: all of the step's, by name; they are changed in place.
+        stages: see `stages.early_stages`.
     """
 
-    def __init__(self, update: Graph, variables: Mapping[str, Tensor], *, compile: str, say: Say) -> None:
-        super().__init__([feed.name for feed in update.feeds], variables, compile=compile, say=say)
+    def __init__(
+        self, update: Graph, variables: Mapping[str, Tensor], *, compile: str, say: Say, stages: Stages = ()
+    ) -> None:
+        super().__init__([feed.name for feed in update.feeds], variables, compile=compile, say=say, stages=stages)
         self._update = self._session(update)
         self._random = next((v.name for v in update.variables if v.role is Role.RANDOM), "")
 
-    def _sessions(self) -> list[Session]:
-        return [self._update, *self._programs.values()]
+    def _sessions(self) -> list[Session | StagedProgram]:
+        return [self._update, *super()._sessions()]
 
-    def compute(self, slices: Sequence[Slice]) -> Computed:
+    def compute(self, slices: Sequence[Slice], begin: Callable[[Sequence[Tensor]], None] | None = None) -> Computed:
         """Forward and backward for some slices of a batch.
+
+        Args: begin: is given the means of each stage but the last as soon as they are there, which are not changed
+            afterwards. None: nothing is given early.
 
         Raises: WorkerError for a program that was not loaded; what the step itself raises.
         """
         fetches: list[Mapping[str, Tensor]] = []
         means: dict[str, Tensor] = {}
         others: dict[str, Tensor] = {}
-        for one in slices:
-            values = self.values(one.number, one.key, one.batches[0]) if one.weight else self._nothing(one.key)
+        begun = 0
+
+        def add(values: Mapping[str, Tensor], weight: float) -> None:
             for name in [n for n in values if n in self._exchanged or n.startswith(NEW)]:
                 value = values[name]
                 if not value.is_floating_point():
                     others.setdefault(name, value)
                 elif name in means:
-                    means[name].add_(value, alpha=one.weight)
+                    means[name].add_(value, alpha=weight)
                 else:
-                    means[name] = value.mul(one.weight).contiguous()  # it may be a view of another one
+                    means[name] = value.mul(weight).contiguous()  # it may be a view of another one
+
+        for one in slices:
+            known: set[str] = set()
+
+            def early(values: Mapping[str, Tensor], weight: float = one.weight, known: set[str] = known) -> None:
+                nonlocal begun
+                add(values, weight)
+                known.update(values)
+                assert begin is not None
+                begin([means[name] for name in values])
+                begun += 1
+
+            is_last = one is slices[-1]  # the others are sums that grow
+            if one.weight:
+                values = self.values(one.number, one.key, one.batches[0], early if begin and is_last else None)
+            else:
+                values = self._nothing(one.key)
+            add({name: value for name, value in values.items() if name not in known}, one.weight)
             fetches.append({n: v for n, v in values.items() if n not in self._exchanged and not n.startswith(NEW)})
-        return Computed(tuple(fetches), means, others)
+        return Computed(tuple(fetches), means, others, all_stages(self._stages, means), begun)
 
     def _nothing(self, key: int) -> dict[str, Tensor]:
         """What a slice without examples adds to the means."""

@@ -33,8 +33,9 @@ from millrace.replicas.protocol import (
     VariablesRead,
 )
 from millrace.replicas.rendezvous import Rendezvous
-from millrace.replicas.settings import LocalSteps
+from millrace.replicas.settings import LocalSteps, Travel
 from millrace.replicas.slices import examples_in, sizes_of, wholes_of
+from millrace.replicas.stages import early_stages
 from millrace.replicas.worker import GRAPH, UPDATE, VARIABLE
 from millrace.runtime.messages import Message
 from millrace.runtime.ranges import check_ranges
@@ -58,6 +59,7 @@ class ReplicatedSession(MembersSession):
         local: have workers train alone for some steps, and then agree; by default they agree in every step.
         replicas: how many slices a batch has, which is how many workers there are when none is missing.
         spares: how many processes stand by.
+        travel: how gradients do.
         settings: see `MembersSettings`.
     """
 
@@ -70,6 +72,7 @@ class ReplicatedSession(MembersSession):
         local: LocalSteps | None = None,
         replicas: int,
         spares: int = 1,
+        travel: Travel | None = None,
         **settings: Unpack[MembersSettings],
     ) -> None:
         super().__init__(graph, hub, **settings)
@@ -79,6 +82,8 @@ class ReplicatedSession(MembersSession):
         whole = None if self._rule else halves(graph)
         self._shared = as_tensor(graph_bytes(whole.update if whole else graph))  # what every worker has
         self._variables = _of_both(whole) if whole else tuple(v.name for v in graph.variables)
+        self._stages = early_stages(whole.gradients, [feed.name for feed in whole.exchanged]) if whole else ()
+        self._travel = travel or Travel()
         self._programs = Programs(graph, self._reader, whole=local is not None)
         self._slices: list[_Slice] = []  # of the step in flight
         self._batches = 1  # in a step
@@ -229,6 +234,7 @@ class ReplicatedSession(MembersSession):
         if kind == "role":
             self._given[member] = set()
             fields |= {"role": "worker", "compile": self._compile, "timeout_s": self._times.patience_s}
+            fields |= {"stages": self._stages, "travel": asdict(self._travel)}
             fields |= {"store": asdict(self._rendezvous.address), "rule": asdict(self._rule) if self._rule else None}
             tensors = {GRAPH: self._shared} | self._variables_for(fields["committed"])
         elif kind == "step":

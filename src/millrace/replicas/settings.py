@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from millrace.errors import SettingError, did_you_mean
+
+WIRE = "bfloat16"  # what gradients can be narrowed to
 
 
 @dataclass(frozen=True)
@@ -16,11 +19,14 @@ class Sync:
     backup: with servers, how many replicas more work than an update waits for; the last gradients are dropped (Chen et
         al., 2016, "Revisiting distributed synchronous SGD").
     copies: whether every server's variables are kept by a second process too, which takes its place when it is lost.
+    overlap: whether collectives add up the first gradients while the last ones are computed. None: where gradients
+        travel by gloo, which they do where replicas are on several hosts.
     """
 
     parameter_servers: int = 0
     backup: int = 0
     copies: bool = True
+    overlap: bool | None = None
 
     def __post_init__(self) -> None:
         _check_counts(self, least=0)
@@ -28,6 +34,10 @@ class Sync:
             raise SettingError(
                 f"backup={self.backup} needs parameter servers, which can go on without the last gradients; a "
                 "collective cannot. Pass parameter_servers=1 or more, or leave backup out."
+            )
+        if self.overlap is not None and self.parameter_servers:
+            raise SettingError(
+                f"overlap={self.overlap!r} is for collectives, and parameter_servers={self.parameter_servers} for none."
             )
 
 
@@ -78,6 +88,19 @@ class LocalSteps:
             )
 
 
+@dataclass(frozen=True)
+class Travel:
+    """How what replicas add up gets from one to another.
+
+    transport: "shared_memory" or "gloo"; None: gloo where replicas are on several hosts, and where there is a wire.
+    wire: "bfloat16" halves what gloo sends of float32; see `gloo_group`. overlap: see `Sync`.
+    """
+
+    transport: str | None = None
+    wire: str | None = None
+    overlap: bool | None = None
+
+
 Update = Sync | Async | LocalSteps
 
 _BY_NAME: dict[str, type[Sync] | type[Async] | type[LocalSteps]] = {
@@ -97,6 +120,26 @@ def update_of(given: str | Update) -> Update:
             f"Sync(…), Async(…), LocalSteps(…). {did_you_mean(str(given), list(_BY_NAME))}"
         )
     return _BY_NAME[given]()
+
+
+def check_wire(update: Update, transport: str | None, wire: Mapping[str, str] | str | None) -> None:
+    """Whether replicas can agree over this. Raises: SettingError that says what they can."""
+    over_servers = isinstance(update, Async) or (isinstance(update, Sync) and bool(update.parameter_servers))
+    if over_servers and not (transport is None and wire is None):
+        raise SettingError(
+            f"transport={transport!r} and wire={wire!r} are for replicas that add up their gradients by collectives; "
+            'parameter servers choose their own way and narrow nothing. Leave both out, or take update="sync".'
+        )
+    if wire not in (None, WIRE):
+        raise SettingError(
+            f"wire={wire!r}: gradients that replicas add up can travel as {WIRE!r}, or as they are (None). Other "
+            "codes are for what a few devices send each other."
+        )
+    if wire is not None and transport == "shared_memory":
+        raise SettingError(
+            f"wire={wire!r} with transport='shared_memory': in the memory of one host nothing is narrowed. Leave one "
+            "of the two out."
+        )
 
 
 def _check_counts(settings: Sync | Async, least: int) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -40,10 +39,11 @@ from millrace.replicas.protocol import (
     WorkerCommand,
     WorkerEvent,
 )
+from millrace.replicas.reduction import Reduction, reducing_thread
 from millrace.replicas.rendezvous import StoreAddress
 from millrace.replicas.replica import Computed as Results
 from millrace.replicas.replica import Replica, Slice
-from millrace.replicas.settings import LocalSteps
+from millrace.replicas.settings import LocalSteps, Travel
 from millrace.replicas.shared_group import SharedGroup
 from millrace.replicas.worker_state import WorkerState
 from millrace.runtime.messages import LONGEST_WAIT_S, Message
@@ -72,9 +72,13 @@ class _Worker:
         graph = graph_from_bytes(as_bytes(role.tensors[GRAPH]))
         given = {n.removeprefix(VARIABLE): t for n, t in role.tensors.items() if n.startswith(VARIABLE)}
         settings: dict[str, Any] = {"compile": role.fields["compile"], "say": self._log}
+        self._travel = Travel(**role.fields["travel"])
+        self._thread = reducing_thread()
+        self._reduction: Reduction | None = None  # of the step in flight
         self._replica: Replica | LocalReplica
         if role.fields["rule"] is None:
-            self._replica = Replica(graph, given, **settings)
+            stages = tuple(tuple(stage) for stage in role.fields["stages"])
+            self._replica = Replica(graph, given, stages=stages, **settings)
         else:
             self._replica = LocalReplica(graph, given, LocalSteps(**role.fields["rule"]), **settings)
 
@@ -119,15 +123,7 @@ class _Worker:
         match command:
             case FormGroup(generation, rank, size):
                 self._line.progress(f"forming generation {generation} as rank {rank} of {size}")
-                kind = SharedGroup if self._one_host else partial(GlooGroup, host=self._line.host or _LOOPBACK)
-                self._group = kind(
-                    StoreAddress(**self._role.fields["store"]),
-                    generation,
-                    rank,
-                    size,
-                    abandoned=lambda: self._line.abandoned(generation),
-                    timeout_s=self._role.fields["timeout_s"],
-                )
+                self._group = self._new_group(generation, rank, size)
             case Broadcast(_, source, behind, _):
                 assert self._group is not None
                 own = self._replica.variables
@@ -144,11 +140,13 @@ class _Worker:
                 self._compute(step, slices, [weight / total for weight in weights])
                 return Computed(generation, step)
             case AllReduce(generation, step):
-                assert self._group is not None
                 assert self._results is not None
+                assert self._reduction is not None
                 self._line.progress(f"adding up the gradients of step {step}")
-                means = self._results.means
-                self._group.all_reduce([means[name] for name in sorted(means)], 1.0)  # weights are in them already
+                results = self._results
+                for names in results.stages[results.begun :]:
+                    self._reduction.add([results.means[name] for name in names])
+                self._reduction.finish()
                 return Reduced(generation, step)
             case Update(generation, step):
                 assert self._results is not None
@@ -166,6 +164,19 @@ class _Worker:
                 self._log(text)
         return None
 
+    def _new_group(self, generation: int, rank: int, size: int) -> Group:
+        fields, travel = self._role.fields, self._travel
+        address = StoreAddress(**fields["store"])
+        settings: dict[str, Any] = {
+            "abandoned": lambda: self._line.abandoned(generation),
+            "timeout_s": fields["timeout_s"],
+        }
+        fits = self._one_host and travel.wire is None
+        if travel.transport == "shared_memory" or (travel.transport is None and fits):
+            return SharedGroup(address, generation, rank, size, **settings)
+        host = self._line.host or _LOOPBACK
+        return GlooGroup(address, generation, rank, size, host=host, wire=travel.wire, **settings)
+
     def _compute(self, step: int, slices: Sequence[int], weights: Sequence[float]) -> None:
         assert self._feeds is not None
         keys, tensors = self._feeds.fields["keys"], self._feeds.tensors
@@ -178,7 +189,11 @@ class _Worker:
                 if slice_ == str(number):
                     batches[int(batch)][feed] = tensor
             parts.append(Slice(number, keys[str(number)], weight, tuple(batches)))
-        self._results = self._replica.compute(parts)
+        assert self._group is not None
+        overlap = self._travel.overlap
+        overlaps = isinstance(self._group, GlooGroup) if overlap is None else overlap
+        self._reduction = Reduction(self._group, self._thread)
+        self._results = self._replica.compute(parts, self._reduction.add if overlaps else None)
         self._slices = tuple(slices)
 
     def _told(self, kind: str, fields: Fields) -> Fields:

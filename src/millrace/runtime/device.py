@@ -68,10 +68,14 @@ class DeviceRunner:
         exchange: Exchange,
         timeout_s: float,
         at: Callable[[Send | Recv | Run], None] = lambda _: None,
+        made: Callable[[int, Mapping[str, Tensor]], None] = lambda _, __: None,
     ) -> dict[str, Tensor]:
         """Run the program once.
 
-        Args: feeds: "feed:NAME" -> tensor in host memory, for those that it reads. at: called before every instruction.
+        Args:
+            feeds: "feed:NAME" -> tensor in host memory, for those that it reads.
+            at: called before every instruction.
+            made: called after every segment with its number and the values that are there, on the device.
 
         Returns: the values that it hands to the caller, by name, in host memory.
 
@@ -83,6 +87,7 @@ class DeviceRunner:
             at(instruction)
             if isinstance(instruction, Run):
                 self._run(instruction, values, given)
+                made(instruction.segment, values)
             elif isinstance(instruction, Send):
                 name = self._values_of[instruction.edge]
                 exchange.send(instruction.edge, values[name] if name in values else self._sent_variables[name])
@@ -92,6 +97,11 @@ class DeviceRunner:
         fetched = {name: self._staging.to_host(values[name]) for name in self.program.fetches}
         self.wait()
         return fetched
+
+    def close(self) -> None:
+        """End what compiles in the background."""
+        for runner in self._runners:
+            runner.close()
 
     def wait(self) -> None:
         """Until the device has done all that it was told to; a GPU is told much ahead of time."""

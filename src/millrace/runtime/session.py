@@ -17,7 +17,7 @@ from torch import Tensor
 from millrace.compile.cuda_graph import CapturedSteps
 from millrace.compile.layout import Stride, feed_strides, laid_out
 from millrace.compile.tiered import Runner, Say
-from millrace.errors import FeedError, FetchError, MillraceError, StepError, did_you_mean
+from millrace.errors import FeedError, FetchError, MillraceError, did_you_mean
 from millrace.files import make_directory, replacing
 from millrace.graph.graph import TRAIN, Graph
 from millrace.graph.passes.prune import prune
@@ -29,7 +29,7 @@ from millrace.runtime.commit import write_failure
 from millrace.runtime.feeds import Batch, FeedReader, Key
 from millrace.runtime.ranges import Range, check_ranges, feed_ranges
 from millrace.runtime.save_nodes import RESTORE, SAVE, SideGraph, restore_graph, save_graph_of
-from millrace.runtime.watch import Watch, failing_node, first_nonfinite, run_watched
+from millrace.runtime.watch import Watch, explained, first_nonfinite, run_watched
 
 log = logging.getLogger(__name__)
 
@@ -246,13 +246,10 @@ class Session:
                 return run_watched(program.graph, variables, feeds, self._watches)
             return program.runner(variables, feeds)
         except (RuntimeError, IndexError, ValueError) as error:
-            where = failing_node(program.graph, variables, feeds)
-            if where is None:
+            found = explained(error, program.graph, variables, feeds)
+            if found is None:
                 raise
-            raise StepError(
-                f"the step failed at {where}.\n  PyTorch said: {error}\n"
-                "  Usual causes: labels or indices out of range, or a batch unlike the first one."
-            ) from error
+            raise found from error
         finally:
             self.last_tier = program.runner.tier
 

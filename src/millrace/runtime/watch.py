@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
+from millrace.errors import StepError
 from millrace.graph.graph import Graph, info
 from millrace.runtime.aliasing import Memory
 
@@ -137,6 +138,17 @@ def failing_node(graph: Graph, variables: Sequence[Tensor], feeds: Sequence[Tens
     except Exception:
         return describe(reached[-1])
     return None
+
+
+def explained(error: Exception, graph: Graph, variables: Sequence[Tensor], feeds: Sequence[Tensor]) -> StepError | None:
+    """What to raise for an error of PyTorch's in a step, naming the node. None when no node raises on these inputs."""
+    where = failing_node(graph, variables, feeds)
+    if where is None:
+        return None
+    return StepError(
+        f"the step failed at {where}.\n  PyTorch said: {error}\n"
+        "  Usual causes: labels or indices out of range, or a batch unlike the first one."
+    )
 
 
 def describe(node: Node) -> str:

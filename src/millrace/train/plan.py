@@ -15,7 +15,7 @@ from millrace.graph.training import PRECISIONS
 from millrace.place.cluster import Cluster
 from millrace.place.hints import Hints
 from millrace.place.wire import Wire
-from millrace.replicas.settings import Update, update_of
+from millrace.replicas.settings import Update, check_wire, update_of
 from millrace.runtime.transport.choose import check_transport
 from millrace.train.early_stopping import EarlyStopping
 
@@ -139,12 +139,14 @@ class Plan:
                 '["gpu:0", "cpu:0"], "all" for every device of this machine, a cluster file, or a Cluster'
             )
         apart = {"placement": self.placement, "transport": self.transport, "wire": self.wire}
+        if self.replicas is not None:
+            del apart["transport"], apart["wire"]
         if self.devices is None and (
             self.microbatches > 1 or self.time_chunks > 1 or any(value is not None for value in apart.values())
         ):
             raise SettingError(
                 "placement=…, microbatches=…, time_chunks=…, transport=… and wire=… are for several devices: pass "
-                "devices=2, names, or a Cluster"
+                "devices=2, names, or a Cluster (transport=… and wire=… also with replicas=2)"
             )
         check_transport(self.transport)
         Wire.of(self.wire)
@@ -159,7 +161,9 @@ class Plan:
             raise SettingError(f"schedule={self.schedule!r}: expected a function from the step to a factor")
 
     def _check_replicas(self) -> None:
-        update_of(self.update)
+        update = update_of(self.update)
+        if self.replicas is not None:
+            check_wire(update, self.transport, self.wire)
         if self.replicas is None and (self.cluster is not None or self.update != "sync"):
             raise SettingError(
                 f"update={self.update!r} and cluster={self.cluster!r} are for replicas: say how many, by replicas=2"

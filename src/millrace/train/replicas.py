@@ -21,7 +21,7 @@ from millrace.replicas.hub import Hub
 from millrace.replicas.rendezvous import Rendezvous
 from millrace.replicas.server_session import ServerSession
 from millrace.replicas.session import ReplicatedSession
-from millrace.replicas.settings import Async, LocalSteps, Sync, update_of
+from millrace.replicas.settings import Async, LocalSteps, Sync, Travel, update_of
 from millrace.runtime.choose_launcher import choose_launcher
 from millrace.runtime.launch import Launcher
 from millrace.train.callbacks import Callback, RunView
@@ -55,9 +55,8 @@ class ReplicaRun(Callback):
         hub = Hub(launcher, secrets.token_bytes(_TOKEN_BYTES), path, self._say)
         session: ReplicatedSession | ServerSession
         try:
-            if isinstance(update, LocalSteps) or not update.parameter_servers:
-                local = update if isinstance(update, LocalSteps) else None
-                session = self._collective(graph, hub, local, launcher.where, directory)
+            if isinstance(update, LocalSteps) or (isinstance(update, Sync) and not update.parameter_servers):
+                session = self._collective(graph, hub, update, launcher.where, directory)
             else:
                 session = self._servers = self._over_servers(graph, hub, update, directory)
             if self._plan.chaos_s is not None:
@@ -120,12 +119,18 @@ class ReplicaRun(Callback):
         self,
         graph: Graph,
         hub: Hub,
-        local: LocalSteps | None,
+        update: Sync | LocalSteps,
         where: str | None,
         directory: tempfile.TemporaryDirectory[str],
     ) -> ReplicatedSession:
         plan = self._plan
         assert plan.replicas is not None
+        local = update if isinstance(update, LocalSteps) else None
+        travel = Travel(
+            plan.transport,
+            plan.wire if isinstance(plan.wire, str) else None,
+            update.overlap if isinstance(update, Sync) else None,
+        )
         rendezvous = Rendezvous(where.split(":")[1]) if where else Rendezvous()
         try:
             return ReplicatedSession(
@@ -138,6 +143,7 @@ class ReplicaRun(Callback):
                 compile=plan.compile,
                 patience_s=plan.patience_s,
                 drop_failing=plan.drop_failing,
+                travel=travel,
                 directory=directory,
                 say=self._say,
             )
