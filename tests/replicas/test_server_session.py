@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import millrace
 from millrace.errors import FeedError, FetchError, SettingError
 from millrace.graph.graph import TRAIN, Graph
+from millrace.graph.passes.halves import halves
 from millrace.graph.training import training_graph
 from millrace.replicas.server_session import ServerSession
 from millrace.replicas.settings import Async, Sync
@@ -137,12 +138,13 @@ class Line:
         return training_graph(self.model, loss, millrace.optim.adagrad(0.3), self.batch(), seed=0)
 
 
-def test_asynchronous_training_goes_on_whoever_is_lost() -> None:
+@pytest.mark.parametrize("overlap", [False, True], ids=["alone", "overlap"])
+def test_asynchronous_training_goes_on_whoever_is_lost(overlap: bool) -> None:
     """Workers and servers are frozen and killed; every batch is done, and the task learnt."""
     line = Line()
     graph = line.graph()
     faults = ["worker frozen", "worker killed", "server killed", "server frozen"]
-    with session_over(graph, Async(), 2, spares=2) as session:
+    with session_over(graph, Async(overlap=overlap), 2, spares=2) as session:
         until(session, lambda: all_follow(session) and len(session._pool._of("free")) == 2)
         losses: list[float] = []
         what, gone, gap_s, last_s = "", "", 0.0, time.monotonic()
@@ -194,6 +196,38 @@ def test_fetching_and_pushing_now_and_then() -> None:
         with pytest.raises(FeedError):
             list(session.stream([TRAIN, "loss"], [batches[0], (torch.zeros(3), torch.zeros(4))]))
         assert len(list(session.stream([TRAIN, "loss"], batches[:2]))) == 2  # it goes on after that
+
+
+def test_overlapping_computes_with_what_lacks_the_last_update() -> None:
+    """One worker: batch k is computed with the variables after k - 1 updates, and all updates are made, in order."""
+    line = Line()
+    graph = line.graph()
+    batches = [line.batch() for _ in range(7)]
+    whole = Session(graph, compile="eager", copy=True)
+    cut = halves(graph)
+    update = Session(cut.update, whole.variables, compile="eager")
+    gradients = Session(cut.gradients, compile="eager", copy=True)
+    expected = []
+    for batch in batches:
+        names = ["loss", *(feed.name for feed in cut.exchanged)]
+        loss, *found = gradients.run(names, batch)
+        expected.append(float(loss))
+        for name, value in gradients.variables.items():
+            value.copy_(whole.variables[name])
+        update.run(TRAIN, dict(zip(names[1:], found, strict=True)))
+    with session_over(graph, Async(overlap=True, parameter_servers=2, copies=False), 1) as session:
+        found = [float(loss) for (_, loss), _ in session.stream([TRAIN, "loss"], batches[:4])]
+        assert session.staleness == {0: 1, 1: 3}
+        # Nothing is left in flight at the end of a stream; what was fetched before it counts still.
+        found += [float(loss) for (_, loss), _ in session.stream([TRAIN, "loss"], batches[4:])]
+        assert found == pytest.approx(expected, rel=1e-12)
+        assert session.staleness == {0: 1, 1: 6}
+        for name, value in whole.variables.items():
+            torch.testing.assert_close(session.read(name), value, rtol=1e-12, atol=1e-12)
+        session.assign("weight", torch.zeros(1, 8))  # what was fetched is of no use any more
+        session.assign("bias", torch.zeros(1))
+        (((_, loss), _),) = session.stream([TRAIN, "loss"], batches[:1])
+        assert float(loss) == pytest.approx(float(batches[0][1].square().mean()), rel=1e-12)
 
 
 def test_more_servers_than_parameters_are_refused() -> None:

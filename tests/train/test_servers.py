@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import millrace
+from millrace.errors import SettingError
 from millrace.replicas.settings import Async
 from millrace.train.fit import fit
 from millrace.train.run_directory import RunDirectory
@@ -51,3 +52,46 @@ def test_asynchronous_replicas_train_a_model_and_say_how_stale_they_were(tmp_pat
     lines = RunDirectory.open(tmp_path / "run").read_metrics()
     assert any("staleness" in line for line in lines)
     assert fit(model, (x, y), epochs=7, resume=True, **settings).steps == 210
+
+
+def test_embeddings_on_servers_are_trained_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    words = torch.randint(300, (400, 3))
+    labels = (words.sum(1) % 7 < 3).long()
+    model = nn.Sequential(nn.EmbeddingBag(300, 8), nn.Linear(8, 2))
+
+    def loss(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(net(batch[0]), batch[1])
+
+    settings = {
+        "loss": loss,
+        "batch_size": 10,
+        "validation": (words, labels),
+        "replicas": 2,
+        "update": Async(copies=False, parameter_servers=2),
+        "spares": 0,
+        "compile": "eager",
+    }
+    with torch.no_grad():
+        before = float(loss(model, (words, labels)))
+    run_dir = tmp_path / "run"
+    given = {"epochs": 4, "optimizer": millrace.optim.adagrad(0.3), "run_dir": run_dir, **settings}
+    result = fit(model, (words, labels), **given)
+    assert result.evaluation["loss"] < 0.9 * before
+    with torch.no_grad():
+        assert float(loss(model, (words, labels))) == pytest.approx(result.evaluation["loss"], rel=1e-5)
+    assert "travels whole" not in capsys.readouterr().err
+    fresh = nn.Sequential(nn.EmbeddingBag(300, 8), nn.Linear(8, 2))
+    resumed = fit(fresh, (words, labels), resume=True, **given)
+    assert resumed.steps == result.steps
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in fresh.state_dict().items())
+    fit(model, (words, labels), epochs=1, optimizer=millrace.optim.momentum(0.01), **settings)
+    assert "the table '0.weight' travels whole in every step: the optimizer changes it" in capsys.readouterr().err
+
+
+def test_more_servers_than_variables_are_refused() -> None:
+    settings = {"epochs": 1, "optimizer": millrace.optim.sgd(0.1), "batch_size": 4, "replicas": 2, "compile": "eager"}
+    data = (torch.ones(8, 3), torch.zeros(8).long())
+    says = r"parameter_servers=3: the model has 2 trained tensors.*at most 2"
+    with pytest.raises(SettingError, match=says):
+        fit(nn.Linear(3, 2), data, loss="cross_entropy", update=Async(parameter_servers=3), **settings)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from millrace.compile.eager import compile_eager
+from millrace.compile.eager import Compiled, compile_eager
 from millrace.graph.graph import Graph
 from millrace.graph.passes.fetched_rows import Table, summed_rows, unique_rows
 from millrace.graph.signature import TensorSpec
@@ -29,18 +29,18 @@ class BatchRows:
 
     def __init__(self, tables: Mapping[str, TensorSpec]) -> None:
         self._tables = [Table(name, spec, f"gradient/{name}") for name, spec in tables.items()]
-        self._indices: dict[int, Graph] = {}
+        self._indices: dict[int, tuple[Graph, Compiled]] = {}
 
     def load(self, key: int, indices: Graph) -> None:
         """Make the graph that finds the indices of slices of one shape ready under the number `key`."""
-        self._indices[key] = indices
+        self._indices[key] = (indices, compile_eager(indices))
 
     def named(self, key: int, feeds: Mapping[str, Tensor]) -> Named:
         """The rows of a slice. Raises: FeedError for an index that a table does not have."""
         if not self._tables:
             return Named({}, {})
-        graph = self._indices[key]
-        found = compile_eager(graph)([], [feeds[feed.name] for feed in graph.feeds])
+        graph, run = self._indices[key]
+        found = run([], [feeds[feed.name] for feed in graph.feeds])
         indices = dict(zip(graph.fetches, found, strict=True))
         wanted: dict[str, Rows] = {}
         given: dict[str, Tensor] = {}

@@ -59,12 +59,14 @@ class TensorRegion:
         self.places = tuple(places)
         size_bytes = max((_end(place) for place in places), default=_ALIGN_BYTES)
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        # All pages now: random rows of a table would be slow for a long time.
-        memory = mmap.mmap(descriptor, size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=protection)
+        memory = mmap.mmap(descriptor, size_bytes, flags=mmap.MAP_SHARED, prot=protection)
         self._words = memoryview(memory)[:16].cast("Q")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that torch knows no tensors which only can be read
             self._whole = torch.frombuffer(memory, dtype=torch.uint8)
+        # All pages now: random rows of a table would be slow for a long time. Not by the system's MAP_POPULATE, for
+        # which Python would stop all threads, also the one that shows that this process lives.
+        self._whole[:: mmap.PAGESIZE].amax()
         self.tensors = {place.name: self._tensor(place) for place in places}
 
     @classmethod

@@ -109,6 +109,12 @@ class Gradients:
             values[NEW + self._random] = torch.stack([base[0], drawn[1]])
         return values
 
+    def use(self, variables: Mapping[str, Tensor]) -> None:
+        """Let other tensors be some of the variables from here on."""
+        self.variables |= variables
+        for session in self._sessions():
+            session.use({name: tensor for name, tensor in variables.items() if name in session.variables})
+
     @property
     def tier(self) -> str:
         """ "inductor" when all that ran last was compiled."""

@@ -282,9 +282,9 @@ class ServerSession(MembersSession):
             fields, tensors = self._shard_role(fields)
         elif kind == "role":
             self._given[member] = set()
-            every = {"fetch_every": 1, "push_every": 1}
+            every: dict[str, Any] = {"fetch_every": 1, "push_every": 1, "overlap": False}
             if isinstance(self._update, Async):
-                every = {"fetch_every": self._update.fetch_every, "push_every": self._update.push_every}
+                every = {name: getattr(self._update, name) for name in every}
             fields |= {"compile": self._compile, "timeout_s": _CONTROL_S / 4, "held": self._held, **every}
             tensors = {VARIABLE + name: value for name, value in self._kept.values.items()}
         elif kind == "batch":

@@ -48,6 +48,8 @@ class Async:
     fetch_every, push_every: in steps of the replica; gradients are added up between two pushes.
     bound: how many pushes a replica may be ahead of the slowest one (stale synchronous); None: as many as it likes.
     weaken_stale: scale a gradient by 1 / (1 + its staleness).
+    overlap: push the gradients of a batch, and fetch the variables of the one after the next, while the next is
+        computed. What a replica computes with lacks its own last gradients: a staleness of one more.
     parameter_servers: how many processes hold the variables.
     copies: whether every server's variables are kept by a second process too, which takes its place when it is lost.
 
@@ -58,6 +60,7 @@ class Async:
     push_every: int = 1
     bound: int | None = None
     weaken_stale: bool = False
+    overlap: bool = False
     parameter_servers: int = 1
     copies: bool = True
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from millrace.errors import MillraceError, WorkerError
 from millrace.graph.save import graph_from_bytes
+from millrace.graph.signature import TensorSpec
 from millrace.replicas.line import Line
 from millrace.replicas.programs import as_bytes
 from millrace.replicas.regions import from_json
@@ -30,7 +31,15 @@ _COPY_S = 60.0  # for a copy to say that it has everything, once it was sent
 
 def shard(line: Line, role: Message) -> None:
     """Hold a shard until the driver ends."""
-    _ShardRole(line, role).run()
+    held = _ShardRole(line, role)
+    if isinstance(role.tensors, dict):
+        role.tensors.clear()  # they have been copied, and whoever called keeps the message
+    held.run()
+
+
+def _zeros(spec: TensorSpec) -> Tensor:
+    """Zeros that take no memory."""
+    return torch.zeros((), dtype=spec.dtype).expand(spec.shape)
 
 
 class _ShardRole:
@@ -41,7 +50,7 @@ class _ShardRole:
         who = f"{'the copy of ' if is_copy else ''}shard {number} ({line.name})"
         given = {n.removeprefix(VARIABLE): t for n, t in role.tensors.items() if n.startswith(VARIABLE)}
         variables = {
-            place.name: given.get(place.name, torch.zeros(place.spec.shape, dtype=place.spec.dtype))
+            place.name: given[place.name] if place.name in given else _zeros(place.spec)
             for place in from_json(fields["variables"])
         }
         store = ShardStore(who, variables, graph_from_bytes(as_bytes(role.tensors[GRAPH])))

@@ -23,7 +23,7 @@ from millrace.graph.graph import TRAIN, Graph
 from millrace.graph.passes.prune import prune
 from millrace.graph.passes.sparse_rows import sparse_rows
 from millrace.graph.passes.unroll import unroll
-from millrace.graph.signature import Feed
+from millrace.graph.signature import Feed, TensorSpec
 from millrace.runtime.aliasing import Memory, check_variables
 from millrace.runtime.commit import write_failure
 from millrace.runtime.feeds import Batch, FeedReader, Key
@@ -168,6 +168,18 @@ class Session:
         if new.shape != variable.shape:
             raise FeedError(f"variable {name!r} has shape {list(variable.shape)}, got {list(new.shape)}")
         variable.copy_(new)
+
+    def use(self, variables: Mapping[str, Tensor]) -> None:
+        """Let other tensors be some of the variables from here on, without a copy.
+
+        Raises: FetchError for an unknown name, FeedError for another shape or dtype.
+        """
+        for name, tensor in variables.items():
+            old = self._variable(name)
+            if tensor.shape != old.shape or tensor.dtype != old.dtype or tensor.device != old.device:
+                raise FeedError(f"variable {name!r} is {TensorSpec.of(old)}, got {TensorSpec.of(tensor)}")
+        self._variables |= {name: tensor.detach() for name, tensor in variables.items()}
+        self._reader = FeedReader(self.graph, Memory(self._variables.values()))
 
     def _variable(self, name: str) -> Tensor:
         if name not in self._variables:
