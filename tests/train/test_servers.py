@@ -17,14 +17,15 @@ from millrace.train.fit import fit
 from millrace.train.run_directory import RunDirectory
 
 
+def loss(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(net(batch[0]), batch[1])
+
+
 def test_asynchronous_replicas_train_a_model_and_say_how_stale_they_were(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 2))
     x = torch.randn(240, 6)
     y = (x[:, 0] + x[:, 1] > 0).long()
-
-    def loss(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(net(batch[0]), batch[1])
 
     settings = {
         "loss": loss,
@@ -60,9 +61,6 @@ def test_embeddings_on_servers_are_trained_and_saved(tmp_path: Path, capsys: pyt
     labels = (words.sum(1) % 7 < 3).long()
     model = nn.Sequential(nn.EmbeddingBag(300, 8), nn.Linear(8, 2))
 
-    def loss(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(net(batch[0]), batch[1])
-
     settings = {
         "loss": loss,
         "batch_size": 10,
@@ -94,4 +92,4 @@ def test_more_servers_than_variables_are_refused() -> None:
     data = (torch.ones(8, 3), torch.zeros(8).long())
     says = r"parameter_servers=3: the model has 2 trained tensors.*at most 2"
     with pytest.raises(SettingError, match=says):
-        fit(nn.Linear(3, 2), data, loss="cross_entropy", update=Async(parameter_servers=3), **settings)
+        fit(nn.Linear(3, 2), data, loss=loss, update=Async(parameter_servers=3), **settings)
