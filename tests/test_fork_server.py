@@ -92,13 +92,14 @@ def test_waiting_is_bounded_and_tells_which_signal_ended_it() -> None:
         child = run("stay", errors=errors)
     with pytest.raises(subprocess.TimeoutExpired):
         child.wait(0.05)
+    assert Path(f"/proc/{child.pid}/comm").read_text() == "forked\n"
     os.killpg(child.pid, signal.SIGKILL)  # it leads a group
     assert child.wait(10.0) == child.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_server_is_replaced_and_its_children_live(how: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fork_server, "_ANSWER_TIMEOUT_S", 5.0)
+    monkeypatch.setattr(fork_server, "_FORK_TIMEOUT_S", 5.0)
     fork_server._end_server()
     with tempfile.TemporaryFile() as errors:
         before = run("stay", errors=errors)

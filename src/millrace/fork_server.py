@@ -29,8 +29,10 @@ from millrace.child_process import Child, modules_path, start_module
 _LENGTH = struct.Struct("<I")
 _PID = struct.Struct("<i")
 _MOST_DESCRIPTORS = 16
-_ANSWER_TIMEOUT_S = 60.0  # the first one waits for imports, on a machine that may be busy
-_PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37
+_IMPORT_TIMEOUT_S = 180.0  # on a machine that may be busy
+_FORK_TIMEOUT_S = 20.0
+_PR_SET_NAME, _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 15, 36, 37
+_NAME_BYTES = 15
 # Names of settings that libraries read when they are imported: a server that has read others is of no use any more.
 _SETTINGS = ("CUDA", "GLOO", "KMP", "LD_", "MILLRACE", "MKL", "NCCL", "OMP", "OPENBLAS", "PYTHON", "TORCH", "TRITON")
 
@@ -60,11 +62,9 @@ def fork_module(
     }
     with _lock:
         try:
-            pid = _running_server().fork(request, [errors.fileno(), *descriptors])
+            return ForkedChild(_fork(request, [errors.fileno(), *descriptors]))
         except OSError:  # it was killed, or is stuck
-            _end_server()
-            pid = _running_server().fork(request, [errors.fileno(), *descriptors])
-    return ForkedChild(pid)
+            return ForkedChild(_fork(request, [errors.fileno(), *descriptors]))
 
 
 class ForkedChild:
@@ -94,8 +94,8 @@ class _Server:
 
     def __init__(self) -> None:
         self.settings = _settings()
+        self._imported: set[str] = set()
         self._ours, theirs = socket.socketpair()
-        self._ours.settimeout(_ANSWER_TIMEOUT_S)
         with theirs:
             self.process = start_module(
                 "millrace.fork_server",
@@ -107,10 +107,13 @@ class _Server:
 
     def fork(self, request: Mapping[str, Any], descriptors: Sequence[int]) -> int:
         body = json.dumps(request).encode()
+        self._ours.settimeout(_FORK_TIMEOUT_S if request["module"] in self._imported else _IMPORT_TIMEOUT_S)
         with _adopting():
             socket.send_fds(self._ours, [_LENGTH.pack(len(body))], descriptors)
             self._ours.sendall(body)
-            return int(_PID.unpack(_receive(self._ours, _PID.size))[0])
+            pid = int(_PID.unpack(_receive(self._ours, _PID.size))[0])
+        self._imported.add(request["module"])
+        return pid
 
     def end(self) -> None:
         self._ours.close()
@@ -122,13 +125,18 @@ _lock = threading.Lock()
 _server: _Server | None = None
 
 
-def _running_server() -> _Server:
+def _fork(request: Mapping[str, Any], descriptors: Sequence[int]) -> int:
+    """The process. Raises: OSError when the server has ended or does not answer; the next call makes another one."""
     global _server
     if _server is not None and _server.settings != _settings():
         _end_server()
     if _server is None:
         _server = _Server()
-    return _server
+    try:
+        return _server.fork(request, descriptors)
+    except OSError:
+        _end_server()  # an answer that comes late must not be taken for that of the next request
+        raise
 
 
 def _end_server() -> None:
@@ -228,6 +236,7 @@ def _fork_twice() -> int | None:
 def _become(request: Mapping[str, Any], descriptors: Sequence[int]) -> None:
     """Be the process that was asked for."""
     os.setsid()
+    _call_this_process(request["module"])
     os.chdir(request["directory"])
     os.environ.clear()
     os.environ.update(request["environment"])
@@ -244,6 +253,12 @@ def _become(request: Mapping[str, Any], descriptors: Sequence[int]) -> None:
         sys.modules["numpy"].random.seed()
     sys.argv = [request["module"], *request["arguments"]]
     runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+
+
+def _call_this_process(module: str) -> None:
+    """Name it for `ps -o comm`; its command line stays the server's."""
+    last = module.rpartition(".")[2]
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, last.encode()[:_NAME_BYTES])
 
 
 if __name__ == "__main__":
