@@ -22,7 +22,7 @@ from millrace.replicas.server import ShardServer
 from millrace.replicas.server_client import Receipt, ShardClient
 from millrace.replicas.shard_clients import ShardClients
 from millrace.replicas.shard_events import Async, Sync
-from millrace.replicas.shard_store import Rows, ShardStore
+from millrace.replicas.shard_store import Rows, ShardStore, Staged
 
 KINDS = ("unix", "tcp")
 both = pytest.mark.parametrize("kind", KINDS)
@@ -144,6 +144,20 @@ def test_rows_of_a_table_are_updated_as_the_optimizer_does(kind: str, tmp_path: 
             expected.grad = torch.zeros_like(expected).index_add_(0, rows, values)
             dense.step()
         torch.testing.assert_close(rows_of(client, name, torch.arange(50)), expected.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [5, 400])
+@pytest.mark.parametrize("kind", ["ascending", "in any order", "some twice"])
+def test_gradients_of_a_row_that_is_named_twice_are_summed(count: int, kind: str) -> None:
+    generator = torch.Generator().manual_seed(count)
+    rows = torch.randperm(1000, generator=generator)[:count]
+    rows = rows.sort().values if kind == "ascending" else rows
+    rows = torch.cat([rows, rows[: count // 2]]) if kind == "some twice" else rows
+    values = torch.randn(len(rows), 2, generator=generator)
+    server = counting_server("shard 0", {"a": 2}, tables={"t": (1000, 2)})
+    server.shard.store.apply([Staged({}, {"t": Rows(rows, values)})], [1.0], 1)
+    expected = torch.zeros(1000, 2).index_add_(0, rows, values)
+    torch.testing.assert_close(server.shard.store.tensor("t"), expected)
 
 
 def test_rows_of_several_workers_are_averaged_with_what_is_dense(tmp_path: Path) -> None:

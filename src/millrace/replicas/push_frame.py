@@ -65,7 +65,8 @@ def encode(push: Push, tables: Sequence[str]) -> bytes:
     for given in push.rows.values():
         for tensor in (given.rows, given.values):
             if tensor.nbytes:
-                parts.append(bytes_of(tensor.cpu().contiguous()))
+                plain = tensor.device.type == "cpu" and tensor.is_contiguous()
+                parts.append(bytes_of(tensor if plain else tensor.cpu().contiguous()))
                 if tensor.nbytes % _ALIGN_BYTES:
                     parts.append(bytes(-tensor.nbytes % _ALIGN_BYTES))
     return b"".join(parts)

@@ -110,9 +110,9 @@ class Gradients:
         return values
 
     def use(self, variables: Mapping[str, Tensor]) -> None:
-        """Let other tensors be some of the variables from here on."""
+        """Let other tensors be some of the variables from here on; for programs without stages."""
         self.variables |= variables
-        for session in self._sessions():
+        for session in self._programs.values():
             session.use({name: tensor for name, tensor in variables.items() if name in session.variables})
 
     @property

@@ -53,14 +53,15 @@ class Link:
     def receive_any(self, timeout_s: float = LONGEST_WAIT_S) -> Message | bytearray:
         """A message, or the bytes of `send_frame`. Raises: as `receive`."""
         deadline_s = time.monotonic() + timeout_s
-        steps = reading()
-        memory = next(steps)
-        receive_bytes(self.connection, memory, timeout_s, self.who)
-        (length,) = _LENGTH.unpack(memory)
+        head = bytearray(_LENGTH.size)
+        receive_bytes(self.connection, memoryview(head), timeout_s, self.who)
+        (length,) = _LENGTH.unpack(head)
         if length & _NO_MESSAGE:
             content = bytearray(length & ~_NO_MESSAGE)
             receive_bytes(self.connection, memoryview(content), deadline_s - time.monotonic(), self.who)
             return content
+        steps = reading()
+        next(steps)[:] = head
         try:
             while True:
                 receive_bytes(self.connection, next(steps), deadline_s - time.monotonic(), self.who)

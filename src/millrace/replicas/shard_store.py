@@ -20,6 +20,7 @@ from millrace.graph.signature import Role, TensorSpec
 from millrace.replicas.regions import Place, TensorRegion
 
 _INDICES, _GRADIENT = "indices/", "gradient/"  # the feeds of a table, as `passes.row_update` names them
+_FEW = 128  # so few numbers Python looks at sooner than an operator is called
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ class ShardStore:
         given = [(p.rows[table], w) for p, w in zip(pushes, weights, strict=True) if table in p.rows]
         if not given:
             return torch.empty(0, dtype=torch.int64), torch.empty((0, *held.shape[1:]), dtype=held.dtype)
-        return summed_rows([(r.rows, r.values if weight == 1.0 else r.values * weight) for r, weight in given])
+        pairs = [(r.rows, r.values if weight == 1.0 else r.values * weight) for r, weight in given]
+        return pairs[0] if len(pairs) == 1 and are_distinct(pairs[0][0]) else summed_rows(pairs)
 
 
 def _check(who: str, specs: Mapping[str, TensorSpec], given: Mapping[str, Tensor]) -> None:
@@ -138,9 +140,20 @@ def check_rows(table: str, spec: TensorSpec, rows: Tensor) -> None:
         raise FeedError(f"rows of {table!r} must be int64 [n], got {rows.dtype} {list(rows.shape)}")
     if not rows.numel():
         return
-    first, last = (int(end) for end in torch.aminmax(rows))
+    if rows.numel() <= _FEW:
+        known = rows.tolist()
+        first, last = min(known), max(known)
+    else:
+        first, last = (int(end) for end in torch.aminmax(rows))
     if first < 0 or last >= spec.shape[0]:
         raise FeedError(f"table {table!r} has {spec.shape[0]} rows, asked for {first} to {last}")
+
+
+def are_distinct(rows: Tensor) -> bool:
+    """Whether no row is named twice. Of many rows it is seen only where they ascend, as those of workers do."""
+    if rows.numel() <= _FEW:
+        return len(set(rows.tolist())) == rows.numel()
+    return bool((rows[1:] > rows[:-1]).all())
 
 
 def check_values(table: str, spec: TensorSpec, given: Rows) -> None:
