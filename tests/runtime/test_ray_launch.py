@@ -7,15 +7,15 @@ import importlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.ray_head import START_S, processes, ray_head, until
 
 from millrace.errors import PlacementError, SettingError
 from millrace.replicas.hub import Hub, Joined, Lost, Said
@@ -26,24 +26,6 @@ from millrace.runtime.messages import Message
 
 MEMBER = "millrace.replicas.member"
 ECHO = Path(__file__).parent.parent / "replicas"
-START_S = 90.0
-
-
-def processes() -> dict[int, str]:
-    """What runs below this process, at any depth, zombies apart."""
-    found: dict[int, tuple[int, str]] = {}
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-            if state != "Z":
-                found[int(entry.name)] = (int(parent), (entry / "cmdline").read_text())
-    below: dict[int, str] = {}
-    for pid, (parent, command) in found.items():
-        while parent not in (os.getpid(), 0, 1) and parent in found:
-            parent = found[parent][0]
-        if parent == os.getpid():
-            below[pid] = command
-    return below
 
 
 def listening(pids: set[int]) -> set[str]:
@@ -60,14 +42,6 @@ def listening(pids: set[int]) -> set[str]:
             if fields[3] == "0A" and fields[9] in sockets:
                 found.add(fields[1].partition(":")[0])
     return found
-
-
-def until(true: Callable[[], object], within_s: float) -> float:
-    began_s = time.monotonic()
-    while not true():
-        assert time.monotonic() - began_s < within_s
-        time.sleep(0.01)
-    return time.monotonic() - began_s
 
 
 @pytest.fixture(scope="module")
@@ -158,43 +132,8 @@ def test_members_join_answer_are_killed_and_known_to_be(local: tuple[Launcher, P
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Ray that somebody has started on this machine, with two cores: its address."""
     pytest.importorskip("ray")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    temporary = tmp_path_factory.mktemp("head")
-    options = [f"--port={port}", "--num-cpus=2", "--include-dashboard=false", "--object-store-memory=80000000"]
-    before = processes()
-    with open(temporary / "head.log", "wb") as log:
-        started = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "ray.scripts.scripts",
-                "start",
-                "--head",
-                "--block",
-                f"--temp-dir={temporary}",
-                *options,
-            ],
-            env={
-                **os.environ,
-                "RAY_TMPDIR": str(temporary),
-                "RAY_USAGE_STATS_ENABLED": "0",
-                "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on loopback
-                "PYTHONPATH": os.pathsep.join([str(ECHO), *sys.path]),
-            },
-            stdout=log,
-            stderr=log,
-        )
-    try:
-        until(lambda: "Ray runtime started" in (temporary / "head.log").read_text(), START_S)
-        yield f"127.0.0.1:{port}"
-    finally:
-        below = processes().keys() - before.keys()
-        started.terminate()
-        started.wait(20.0)
-        for pid in below:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    with ray_head(tmp_path_factory.mktemp("head"), cpus=2, paths=[str(ECHO)]) as started:
+        yield started.address
 
 
 @pytest.mark.long
@@ -220,6 +159,22 @@ def test_a_cluster_is_joined_and_what_it_has_no_room_for_is_lost_in_its_time(hea
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 5.0)
     until(lambda: not any("replicas.member" in command for command in processes().values()), 5.0)
     assert before - set(processes()) == set()  # the cluster lives on
+
+    # Who needs more than there is gets nothing, and those who fit have all of it.
+    said: list[str] = []
+    with pytest.raises(PlacementError) as refused:
+        choose_launcher(head, MEMBER, [], 1, tmp_path, schedule_within_s=3.0, processes=3, say=said.append)
+    assert "The 3 processes of this run found no room within 3 s: they ask for 1 CPU each, 3" in str(refused.value)
+    assert f"Ray at {head} has 2 CPU of which 2 free on 1 machines" in str(refused.value)
+    assert said[0].startswith("waiting up to 3 s for room: they ask for 1 CPU each")
+    launcher = choose_launcher(head, MEMBER, [], 1, tmp_path, schedule_within_s=20.0, processes=2)
+    with contextlib.closing(Hub(launcher, new_token(), tmp_path, print)) as hub:
+        hub.start(2)
+        assert all(isinstance(hub.next(START_S), Joined) for _ in range(2))
+        hub.kill("m0", "for a test")
+        assert isinstance(hub.next(5.0), Lost)
+        hub.start(1)
+        assert isinstance(hub.next(START_S), Joined), "a lost one's room is taken by the next"
 
 
 def test_without_a_cluster_nothing_of_ray_is_imported(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ COMMANDS = {
     "logs": ("logs", "print what a run has said, or follow it"),
     "stop": ("stop", "end a run as Ctrl-C does: it is saved"),
     "resume": ("resume", "go on with a run, as it was"),
+    "submit": ("submit", "train a task on a Ray cluster elsewhere"),
     "eval": ("evaluate", "evaluate a run on data that its training never saw"),
     "predict": ("predict", "use a trained model on files"),
     "graph": ("graph", "show one training step as a dataflow graph"),

@@ -8,22 +8,27 @@ import time
 from pathlib import Path
 
 from millrace.cli.arguments import add_json, parser, print_json
+from millrace.cli.remote import add_cluster
 from millrace.cli.table import aligned
 from millrace.errors import RunDirectoryError
+from millrace.runtime.jobs import open_jobs
 from millrace.train.progress import format_rate
 from millrace.train.run_directory import RunDirectory
 from millrace.train.run_summary import RunSummary, summarize
 from millrace.zoo.run import RUNS
+from millrace.zoo.submitted import submitted_runs, summarize_submitted
 
 _DESCRIPTION = """\
 List runs, the one that was started last at the end.
 
 states: running; finished; interrupted (it was asked to stop, and has saved); failed (an error ended it: see its log);
-killed (its process is gone, and could not say why). All but finished ones go on with `millrace resume RUN`."""
+killed (its process is gone, and could not say why); waiting (submitted to a cluster that has no room for it yet). All
+but finished ones go on with `millrace resume RUN`."""
 _EXAMPLES = """
 millrace runs
 millrace runs elsewhere/            those in another directory
-millrace runs --last 5 --json"""
+millrace runs --last 5 --json
+millrace runs --cluster http://10.0.0.5:8265      those submitted there"""
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60))
 
 
@@ -32,18 +37,29 @@ def main(arguments: list[str]) -> None:
     options = parser("runs", _DESCRIPTION, _EXAMPLES)
     options.add_argument("directory", nargs="?", type=Path, default=RUNS, help=f"that holds the runs ({RUNS}/)")
     options.add_argument("--last", type=int, default=20, metavar="N", help="only the last N (20)")
+    add_cluster(options)
     add_json(options)
     given = options.parse_args(arguments)
-    found = sorted(_summaries(given.directory), key=lambda run: run.started_s)
-    shown = found[-given.last :] if given.last > 0 else []
-    if shown:
-        print(table(shown, time.time()))
-    if len(shown) < len(found):
-        print(f"and {len(found) - len(shown)} earlier ones: --last {len(found)} shows all", file=sys.stderr)
-    if not found:
-        print(f"no run is under {given.directory}/; `millrace train TASK` starts one", file=sys.stderr)
+    if given.cluster is None:
+        found = sorted(_summaries(given.directory), key=lambda run: run.started_s)
+        shown, where = found[-given.last :] if given.last > 0 else [], f"under {given.directory}/"
+    else:
+        jobs = open_jobs(given.cluster)
+        submitted = submitted_runs(jobs)
+        latest = submitted[-given.last :] if given.last > 0 else []
+        shown, where = [summarize_submitted(jobs, run) for run in latest], f"known to {jobs.address}"
+    _show(shown, len(found if given.cluster is None else submitted), where)
     if given.json:
         print_json({"runs": [dataclasses.asdict(run) | {"path": str(run.path)} for run in shown]})
+
+
+def _show(shown: list[RunSummary], count: int, where: str) -> None:
+    if shown:
+        print(table(shown, time.time()))
+    if len(shown) < count:
+        print(f"and {count - len(shown)} earlier ones: --last {count} shows all", file=sys.stderr)
+    if not count:
+        print(f"no run is {where}; `millrace train TASK` starts one here, `millrace submit` elsewhere", file=sys.stderr)
 
 
 def table(runs: list[RunSummary], now_s: float) -> str:

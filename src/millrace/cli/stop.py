@@ -9,11 +9,14 @@ import sys
 import time
 
 from millrace.cli.arguments import RUN_HELP, parser
+from millrace.cli.remote import add_cluster, add_python, wait_for_end
 from millrace.errors import RunDirectoryError, SettingError
+from millrace.runtime.jobs import Jobs, open_jobs
 from millrace.train.run_directory import RunDirectory
 from millrace.train.run_summary import summarize
 from millrace.train.stop_request import request_stop
 from millrace.zoo.run import find_run
+from millrace.zoo.submitted import SubmittedRun, find_submitted, kill, summarize_submitted
 
 _DESCRIPTION = """\
 Ask a run to stop, as Ctrl-C does: it ends its step, writes a checkpoint and can be resumed. Waits until it has done so;
@@ -21,7 +24,8 @@ to ask twice, or to stop waiting by Ctrl-C, does no harm."""
 _EXAMPLES = """
 millrace stop latest
 millrace stop latest --wait 600     its steps, or its checkpoints, take long
-millrace stop latest --force        kill it: it goes on from its last checkpoint"""
+millrace stop latest --force        kill it: it goes on from its last checkpoint
+millrace stop latest --cluster http://10.0.0.5:8265"""
 _LOOK_S, _SAY_S = 0.1, 5.0
 _KILLED_S = 10.0
 
@@ -34,7 +38,12 @@ def main(arguments: list[str]) -> int:
     options.add_argument(
         "--force", action="store_true", help="kill its processes; the steps since its last checkpoint are lost"
     )
+    add_cluster(options)
+    add_python(options)
     given = options.parse_args(arguments)
+    if given.cluster is not None:
+        jobs = open_jobs(given.cluster)
+        return _stop_submitted(jobs, find_submitted(jobs, given.run), given.force, given.wait, given.python)
     run = find_run(given.run)
     state = run.state
     if state.status != "running":
@@ -58,6 +67,30 @@ def main(arguments: list[str]) -> int:
     state = run.state
     saved = "killed" if state.status == "killed" else f"{state.status} at step {state.step}"
     print(f"{run.name} is {saved}.{_how_to_go_on(run)}")
+    return 0
+
+
+def _stop_submitted(jobs: Jobs, run: SubmittedRun, force: bool, wait_s: float, python: str) -> int:
+    go_on = f" To go on: millrace resume {run.name} --cluster {jobs.address}"
+    if run.job.over:
+        print(f"{run.name} does not run: it is {run.state}.{'' if run.state == 'finished' else go_on}")
+        return 0
+    if force and run.job.status == "running":
+        kill(jobs, run, python)
+    else:
+        jobs.stop(run.job.name)
+        print(f"{run.name} was asked to stop", file=sys.stderr)
+    run = wait_for_end(jobs, run, wait_s)
+    if not run.job.over:
+        print(
+            f"millrace stop: {run.name} at {jobs.address} has not stopped within {wait_s:g} s. It was asked, and stops "
+            "after its step: wait on with the same command, or kill it with --force, which loses the steps since its "
+            "last checkpoint.",
+            file=sys.stderr,
+        )
+        return 1
+    step = summarize_submitted(jobs, run).step
+    print(f"{run.name} is {run.state} at step {step}.{'' if run.state == 'finished' else go_on}")
     return 0
 
 

@@ -37,7 +37,7 @@ millrace train --resume latest --replicas 2              go on over others; over
 
 def main(arguments: list[str]) -> None:
     """Parse, train, print."""
-    given = _parsed(arguments)
+    given = parsed(arguments)
     resumed = None if given.resume is None else find_run(given.resume)
     task = _task(given.task, given.assignments, resumed)
     watcher = _Watcher(quiet=given.quiet)
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
             progress=not given.quiet,
             callbacks=[watcher],
             division=_division(given),
-            arguments=_kept_arguments(given),
+            arguments=kept_arguments(given),
         )
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(watcher.interrupted()) from interrupt
@@ -63,7 +63,8 @@ def main(arguments: list[str]) -> None:
         print_json(finished.summary(task.name()))
 
 
-def _parsed(arguments: list[str]) -> argparse.Namespace:
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    """The arguments, which fit together. Exits where they do not."""
     options = parser("train", _DESCRIPTION, _EXAMPLES)
     options.add_argument("task", nargs="?", metavar="TASK", help="one of `millrace tasks`; left out with --resume")
     add_settings(options)
@@ -82,6 +83,9 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     options.add_argument(
         "--update", default="sync", metavar="WAY", help="how they agree: sync, async, local_steps (sync)"
     )
+    options.add_argument(
+        "--room-within", type=float, metavar="SECONDS", help="how long a cluster may take to find room for them (30)"
+    )
     options.add_argument("--chaos", type=float, metavar="SECONDS", help="kill one of the processes every so often")
     add_dividing(options)
     add_json(options)
@@ -93,8 +97,13 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
         options.error("--run-dir is for new runs; --resume RUN goes on in RUN")
     if given.replicas is not None and given.devices is not None:
         options.error("--replicas N and --devices N cannot go together")
-    if given.replicas is None and (given.update != "sync" or given.chaos is not None):
-        options.error("--update and --chaos are for replicas: give --replicas N")
+    if given.replicas is None and (given.update != "sync" or given.chaos or given.room_within):
+        options.error("--update, --chaos and --room-within are for replicas: give --replicas N")
+    if given.replicas is None and given.cluster is not None and not Path(given.cluster).exists():
+        options.error(
+            f"--cluster {given.cluster}: there is no such cluster file. To train on a Ray cluster say over how many "
+            f"processes, by --replicas N; to have the whole run there: millrace submit … --cluster {given.cluster}"
+        )
     if given.devices is not None and given.cluster is not None:
         options.error("--devices N makes workers of this machine, --cluster FILE lists them: give one of the two")
     several = given.on or given.wire or given.microbatches > 1 or given.time_chunks > 1
@@ -118,10 +127,11 @@ def _division(given: argparse.Namespace) -> Division:
         update=given.update,
         cluster=None if several else given.cluster,
         chaos_s=given.chaos,
+        **({} if given.room_within is None else {"room_within_s": given.room_within}),
     )
 
 
-def _kept_arguments(given: argparse.Namespace) -> list[str]:
+def kept_arguments(given: argparse.Namespace) -> list[str]:
     """The arguments that a run needs again when it goes on."""
     found = []
     defaults: dict[str, Any] = {
@@ -152,6 +162,14 @@ def _task(name: str | None, assignments: list[str], resumed: RunDirectory | None
     if name not in (None, task.name()):
         raise SettingError(f"{resumed.path} is a run of {task.name()!r}, not of {name!r}: leave the task out.")
     return task
+
+
+def division_arguments(kept: list[str]) -> list[str]:
+    """Of the arguments that a run needs again, those that hold wherever it runs."""
+    if "--cluster" not in kept:
+        return kept
+    at = kept.index("--cluster")
+    return kept[:at] + kept[at + 2 :]
 
 
 class _Watcher(Callback):

@@ -145,6 +145,15 @@ def check_wire(update: Update, transport: str | None, wire: Mapping[str, str] | 
         )
 
 
+def processes(update: str | Update, replicas: int, spares: int) -> int:
+    """How many processes a run of so many replicas starts. Raises: SettingError for an unknown way."""
+    rule = update_of(update)
+    if isinstance(rule, LocalSteps):
+        return replicas + spares
+    backup = rule.backup if isinstance(rule, Sync) else 0
+    return replicas + backup + rule.parameter_servers * (2 if rule.copies else 1) + spares
+
+
 def _check_counts(settings: Sync | Async, least: int) -> None:
     for name, value in vars(settings).items():
         if isinstance(value, bool) or value is None:

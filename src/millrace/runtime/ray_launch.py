@@ -1,7 +1,8 @@
 """Starting the processes of a run on a Ray cluster, or on a small Ray of this machine's own.
 
-The only module that imports Ray; `choose_launcher` imports it, when a cluster is asked for. Ray finds the machines and
-counts their cores and GPUs; what the processes say to each other does not go through it. Nothing is restarted by Ray.
+With `ray_jobs` the only module that imports Ray; `choose_launcher` imports it, when a cluster is asked for. Ray finds
+the machines and counts their cores and GPUs; what the processes say to each other does not go through it. Nothing is
+restarted by Ray.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ except ImportError as error:
 _ANSWER_S = 5.0  # for a cluster's port
 _KEEPER_S = 0.5  # for an actor to kill its process; then it is killed itself, and its process ends with it
 _END_S = 5.0
+_LOOK_S = 2.0  # for room, at a time
 _OBJECT_STORE_BYTES = 80 * 2**20  # about the least that Ray takes; no tensor goes through it
 _LONGEST_TEMPORARY = 40  # characters; Ray adds names of sockets, and all together may have 107
 
@@ -69,8 +71,11 @@ class RayLauncher:
         cpus, gpus: what Ray is to reserve for each process.
         local_cpus: how many cores a local Ray is told it has; by default those of this machine.
         schedule_within_s: how long a cluster may take to find room for a process.
+        processes: so many are reserved at once, before any of them is started, so that two runs do not each hold half
+            of what they need. 0: none.
+        say: is told what is waited for.
 
-    Raises: SettingError when no cluster answers there.
+    Raises: SettingError when no cluster answers there; PlacementError when it finds no room for `processes`.
     """
 
     def __init__(
@@ -85,6 +90,8 @@ class RayLauncher:
         gpus: float = 0.0,
         local_cpus: float | None = None,
         schedule_within_s: float = 30.0,
+        processes: int = 0,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._module = module
         self._arguments = tuple(arguments)
@@ -106,13 +113,22 @@ class RayLauncher:
         else:
             self.where = f"tcp:{_own_address(address)}:0"
             self._leave = _join(address)
-        self._actors = ray.remote(keeper.Keeper).options(
-            num_cpus=cpus,
-            num_gpus=gpus,
-            max_restarts=0,  # whoever is lost is replaced by a spare, which is quicker
-            max_task_retries=0,
-            max_concurrency=3,  # to wait for the end, to say who it is, to kill
-        )
+        self._actors = ray.remote(keeper.Keeper)
+        self._options: dict[str, Any] = {
+            "num_cpus": cpus,
+            "num_gpus": gpus,
+            "max_restarts": 0,  # whoever is lost is replaced by a spare, which is quicker
+            "max_task_retries": 0,
+            "max_concurrency": 3,  # to wait for the end, to say who it is, to kill
+        }
+        self._reserved = 0
+        self._room: Any = None
+        if processes and not self._local and cpus + gpus:
+            try:
+                self._reserve(processes, say)
+            except BaseException:
+                self._leave()
+                raise
 
     def start(self, name: str, environment: Mapping[str, str]) -> None:
         """See `Launcher.start`. Where the cluster may yet find room, `exit_of` tells later that it has not."""
@@ -124,7 +140,8 @@ class RayLauncher:
                     f"{alive} processes with {alive * self._asked[kind]:g} already. Ask for fewer replicas, servers "
                     "and spares, or for less of each, or use a cluster that has more."
                 )
-        actor = self._actors.remote()
+        inside = {"placement_group": self._room} if alive < self._reserved else {}
+        actor = self._actors.options(**self._options, **inside).remote()
         ended = actor.run.remote(self._module, name, self._arguments, {**self._environment, **environment})
         self._kept[name] = _Kept(actor, ended.future(), actor.pid.remote().future(), time.monotonic())
 
@@ -170,23 +187,50 @@ class RayLauncher:
         for name in alive:
             if self.exit_of(name) is None:
                 self._over(self._kept[name], ("was killed with its Ray actor", ""))
+        self._give_room_back()
         leave, self._leave = self._leave, lambda: None
         leave()
+
+    def _reserve(self, processes: int, say: Callable[[str], None]) -> None:
+        """Wait until Ray has room for all processes, and hold it."""
+        bundle = {kind: count for kind, count in self._asked.items() if count}
+        self._room = ray.util.placement_group([bundle] * processes, strategy="PACK")
+        began_s, told = time.monotonic(), False
+        try:
+            while not self._room.wait(_LOOK_S):
+                if time.monotonic() - began_s > self._schedule_within_s:
+                    raise PlacementError(f"The {processes} processes of this run {self._no_room(processes)}.")
+                if not told:
+                    told = True
+                    say(f"waiting up to {self._schedule_within_s:.3g} s for room: {self._demand(processes)}")
+        except BaseException:
+            self._give_room_back()
+            raise
+        self._reserved = processes
+
+    def _give_room_back(self) -> None:
+        room, self._room = self._room, None
+        if room is not None:
+            with contextlib.suppress(Exception):  # the cluster may be gone
+                ray.util.remove_placement_group(room)
 
     def _over(self, kept: _Kept, how: tuple[str, str]) -> None:
         kept.how = how
         with contextlib.suppress(Exception):  # what it holds of Ray is free again; it may be gone already
             ray.kill(kept.actor)
 
-    def _no_room(self) -> str:
-        asked = ", ".join(f"{count:g} {kind}" for kind, count in self._asked.items() if count)
+    def _no_room(self, processes: int = 1) -> str:
+        return (
+            f"found no room within {self._schedule_within_s:.3g} s: {self._demand(processes)}. Ask for fewer replicas, "
+            "servers and spares, or for less of each, or add machines"
+        )
+
+    def _demand(self, processes: int) -> str:
+        each = ", ".join(f"{count:g} {kind}" for kind, count in self._asked.items() if count) or "nothing"
+        asked = f"it asks for {each}" if processes == 1 else f"they ask for {each} each, {processes} times"
         has, free = ray.cluster_resources(), ray.available_resources()
         known = ", ".join(f"{has[k]:g} {k} of which {free.get(k, 0.0):g} free" for k in ("CPU", "GPU") if k in has)
-        return (
-            f"found no room within {self._schedule_within_s:.3g} s: it asks for {asked or 'nothing'}; Ray at "
-            f"{self._address} has {known} on {len(ray.nodes())} machines. Ask for fewer replicas, servers and spares, "
-            "or for less of each, or add machines"
-        )
+        return f"{asked}; Ray at {self._address} has {known} on {len(ray.nodes())} machines"
 
 
 def _result(ended: Future[tuple[str, str]]) -> tuple[str, str]:

@@ -86,7 +86,8 @@ def fit(
             alone for some steps. Or one of `millrace.replicas.settings` with more to say: Async(bound=4),
             Sync(parameter_servers=2, backup=1). transport, wire: how gradients that are added up travel; wire is
             "bfloat16" or None. cluster: where they run: None for processes of this machine, "local"
-            or an address for Ray. spares: how many more stand by. patience_s: how long one may show no progress (None:
+            or an address for Ray. room_within_s: how long Ray may take to find room for all. spares: how many more
+            stand by. patience_s: how long one may show no progress (None:
             from the measured steps). drop_failing: replace a process in which the step failed, instead of ending with
             its error. chaos_s: kill one every so many seconds, to see that nothing is lost. Of a run over servers the
             run directory also has staleness.json. See docs/replicas.md.

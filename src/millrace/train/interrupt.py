@@ -14,11 +14,15 @@ class Interruptible:
 
     Outside the main thread, where handlers cannot be set, signals are left alone.
 
-    requested: whether somebody asks for the same in another way.
+    requested: whether somebody asks for the same in another way. at_once: whether there is nothing to save yet, so that
+    already the first signal ends what is done.
     """
 
-    def __init__(self, requested: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self, requested: Callable[[], bool] = lambda: False, at_once: Callable[[], bool] = lambda: False
+    ) -> None:
         self._requested = requested
+        self._at_once = at_once
         self._asked: str | None = None
         self._saved: dict[signal.Signals, Any] = {}
 
@@ -44,6 +48,8 @@ class Interruptible:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._asked = signal.Signals(number).name
         self._restore()
+        if self._at_once():
+            raise KeyboardInterrupt(f"{self._asked} before the first step")
 
     def _restore(self) -> None:
         for number, handler in self._saved.items():

@@ -41,6 +41,7 @@ class PlanSettings(TypedDict, total=False):
     update: str | Update
     cluster: str | None
     spares: int
+    room_within_s: float
     chaos_s: float | None
     patience_s: float | None
     drop_failing: bool
@@ -90,6 +91,7 @@ class Plan:
     update: str | Update = "sync"
     cluster: str | None = None
     spares: int = 1
+    room_within_s: float = 30.0
     chaos_s: float | None = None
     patience_s: float | None = None
     drop_failing: bool = False
@@ -172,7 +174,7 @@ class Plan:
             raise SettingError(
                 "replicas=… together with devices=… is not possible: each replica computes in one process. Choose one."
             )
-        for name in ("patience_s", "chaos_s"):
+        for name in ("patience_s", "chaos_s", "room_within_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise SettingError(f"{name}={value!r}: expected seconds above 0, or None")

@@ -21,7 +21,7 @@ from millrace.replicas.hub import Hub
 from millrace.replicas.rendezvous import Rendezvous
 from millrace.replicas.server_session import ServerSession
 from millrace.replicas.session import ReplicatedSession
-from millrace.replicas.settings import Async, LocalSteps, Sync, Travel, update_of
+from millrace.replicas.settings import Async, LocalSteps, Sync, Travel, processes, update_of
 from millrace.runtime.choose_launcher import choose_launcher
 from millrace.runtime.launch import Launcher
 from millrace.train.callbacks import Callback, RunView
@@ -156,8 +156,18 @@ class ReplicaRun(Callback):
         assert plan.replicas is not None
         threads = max(1, torch.get_num_threads() // plan.replicas)
         # On this machine there may be more processes than cores; who was lost may not have gone when the next comes.
-        local = {"local_cpus": plan.replicas + plan.spares + _MORE} if plan.cluster == "local" else {}
-        return choose_launcher(plan.cluster, "millrace.replicas.member", [], threads, directory, **local)
+        count = processes(plan.update, plan.replicas, plan.spares)
+        return choose_launcher(
+            plan.cluster,
+            "millrace.replicas.member",
+            [],
+            threads,
+            directory,
+            local_cpus=count + _MORE,
+            processes=count,
+            schedule_within_s=plan.room_within_s,
+            say=self._say,
+        )
 
 
 def _chaos(session: ReplicatedSession | ServerSession, every_s: float, seed: int) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from millrace.train.metrics_log import Record, parse_lines
 from millrace.train.run_directory import RunDirectory
-from millrace.train.run_state import Status
 
 _TAIL_BYTES = 2**16
 _INTERVALS = 10  # logged ones that the rate is taken over
@@ -20,13 +19,14 @@ _INTERVALS = 10  # logged ones that the rate is taken over
 class RunSummary:
     """What `millrace runs` shows of a run.
 
+    status: a `run_state.Status`, or "waiting" for one that was submitted and has not begun.
     loss: of training, when it was last logged. steps_per_s: over the last lines that were logged, evaluations and all.
     started_s, updated_s: since the epoch; when it was started or resumed last, and when it last wrote something.
     """
 
     name: str
     path: Path
-    status: Status
+    status: str
     step: int
     loss: float | None
     steps_per_s: float | None

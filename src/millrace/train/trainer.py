@@ -69,7 +69,7 @@ class Trainer:
         self._restored = resumed[1] if resumed else None
         self._session: AnySession | None = None
         self._fetches: list[str] = []
-        self._signals = Interruptible(StopRequest(self.directory))
+        self._signals = Interruptible(StopRequest(self.directory), at_once=lambda: self._session is None)
         self._stop = False
         self._data_error: Exception | None = None
         self._saving: list[tuple[int, Path]] = []  # begun, not yet announced to the callbacks

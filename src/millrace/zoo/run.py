@@ -34,6 +34,7 @@ from millrace.zoo.settings import (
 
 RUNS = Path("runs")
 RESULT = "result.json"
+SPARES = 1  # processes that stand by, of a run with replicas
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Division:
     update: str = "sync"
     cluster: str | None = None
     chaos_s: float | None = None
+    room_within_s: float = 30.0
 
     @property
     def has_processes(self) -> bool:
@@ -179,6 +181,8 @@ def train(
             update=division.update,
             cluster=division.cluster,
             chaos_s=division.chaos_s,
+            room_within_s=division.room_within_s,
+            spares=SPARES,
             **_fit_settings(settings),
         )
         model.eval()
