@@ -119,6 +119,8 @@ def test_wrong_names_and_values(arguments: str, message: str, in_tmp: Path, caps
         ("train", "a TASK is needed"),
         ("train --resume x --run-dir y", "--run-dir is for new runs"),
         ("train digits --frobnicate", "unrecognized arguments"),
+        ("train digits --cluster local", "say over how many processes, by --replicas N; to have the whole run there"),
+        ("train digits --room-within 3", "are for replicas"),
         ("predict run", "required: FILE"),
         ("eval", "required: RUN"),
     ],

@@ -32,6 +32,7 @@ try:
     import ray
     from ray import cloudpickle
     from ray._private import ray_constants
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 except ImportError as error:
     raise SettingError(
         f"`cluster` needs Ray, which cannot be imported ({error}). Install it with: pip install 'millrace[ray]'"
@@ -140,7 +141,9 @@ class RayLauncher:
                     f"{alive} processes with {alive * self._asked[kind]:g} already. Ask for fewer replicas, servers "
                     "and spares, or for less of each, or use a cluster that has more."
                 )
-        inside = {"placement_group": self._room} if alive < self._reserved else {}
+        inside = {}
+        if alive < self._reserved:
+            inside["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._room)
         actor = self._actors.options(**self._options, **inside).remote()
         ended = actor.run.remote(self._module, name, self._arguments, {**self._environment, **environment})
         self._kept[name] = _Kept(actor, ended.future(), actor.pid.remote().future(), time.monotonic())
