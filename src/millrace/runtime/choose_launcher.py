@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from millrace.runtime.launch import Launcher, ProcessLauncher
+from millrace.runtime.ray_token import offer_token
 
 
 def choose_launcher(
@@ -24,6 +25,7 @@ def choose_launcher(
     """
     if cluster is None:
         return ProcessLauncher(module, arguments, threads, directory)
+    offer_token(cluster)
     # Imported by name, so that nothing of Ray is imported where no cluster is asked for.
     ray_launch = importlib.import_module("millrace.runtime.ray_launch")
     launcher: Launcher = ray_launch.RayLauncher(cluster, module, arguments, threads, directory, **resources)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
+
+from millrace.runtime.ray_token import offer_token
 
 JobStatus = Literal["waiting", "running", "stopped", "succeeded", "failed"]
 
@@ -96,12 +97,7 @@ def open_jobs(address: str) -> Jobs:
 
     Raises: SettingError when Ray is not installed, no cluster answers there, or it does not take our token.
     """
-    if any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")) or _token_at_home():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when it is imported
+    offer_token(address)
     ray_jobs = importlib.import_module("millrace.runtime.ray_jobs")
     jobs: Jobs = ray_jobs.RayJobs(address)
     return jobs
-
-
-def _token_at_home() -> bool:
-    return (Path.home() / ".ray" / "auth_token").exists()

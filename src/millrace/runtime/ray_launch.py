@@ -32,6 +32,7 @@ try:
     import ray
     from ray import cloudpickle
     from ray._private import ray_constants
+    from ray._raylet import Config
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 except ImportError as error:
     raise SettingError(
@@ -103,6 +104,8 @@ class RayLauncher:
         self._kept: dict[str, _Kept] = {}
         self._local: dict[str, float] = {}
         self.where: str | None = None
+        if not ray.is_initialized():
+            Config.initialize("")  # RAY_AUTH_MODE may have been set after Ray was imported
         if ray.is_initialized():
             self._leave: Callable[[], None] = lambda: None
             self.where = f"tcp:{ray.util.get_node_ip_address()}:0"
