@@ -78,3 +78,23 @@ def test_local_steps_can_be_narrowed_and_overlap_is_for_collectives() -> None:
         torch.testing.assert_close(narrow[name], value, rtol=0, atol=1e-3)
     with pytest.raises(SettingError, match="is for collectives"):
         Sync(parameter_servers=1, overlap=True)
+
+
+def test_every_replica_can_be_divided_over_devices() -> None:
+    expected = trained(3, torch.float64)
+    wishes = {"placement": {"0": "cpu:0", "2": "cpu:1"}, "microbatches": 2}
+    found = trained(3, torch.float64, replicas=2, spares=0, devices=2, **wishes)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"time_chunks": 2}, "time_chunks in replicas"),
+        ({"update": LocalSteps(every=2)}, "local steps in replicas"),
+    ],
+)
+def test_what_replicas_of_several_devices_cannot_do_is_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingError, match=said):
+        trained(1, replicas=2, devices=2, **settings)

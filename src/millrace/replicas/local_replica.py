@@ -49,8 +49,8 @@ class LocalReplica:
         self._local = {name: value.clone() for name, value in variables.items()}  # what the steps are taken on
         self._programs: dict[int, Session] = {}
 
-    def load(self, key: int, step: Graph) -> None:
-        """Make the whole step, for slices of one shape, ready under the number `key`."""
+    def load(self, key: int, step: Graph, pieces: bytes = b"") -> None:
+        """Make the whole step, for slices of one shape, ready under the number `key`. pieces: it has none."""
         self._programs[key] = Session(step, self._local, compile=self._compile, say=self._say)
 
     @property

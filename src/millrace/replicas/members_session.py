@@ -19,6 +19,7 @@ from millrace.compile.tiered import Say
 from millrace.errors import FetchError, MillraceError, StepError, VariablesLostError, WorkerError, did_you_mean
 from millrace.graph.graph import TRAIN, Graph
 from millrace.replicas import hub as hub_events
+from millrace.replicas.divided import Devices, Placer
 from millrace.replicas.hub import Hub
 from millrace.replicas.pool_events import Kill, PoolCommand
 from millrace.replicas.programs import Programs
@@ -57,6 +58,7 @@ class MembersSettings(TypedDict, total=False):
     patience_s: how long a worker may do nothing that can be seen. None: ten times what a step takes, at least 2 s.
     drop_failing: whether a worker whose step raises an error is replaced like one that was killed. Otherwise, by
         default, the error ends the run.
+    devices: what every replica is divided over; None: it computes in one process.
     directory: what the processes share; the session removes it.
     """
 
@@ -64,6 +66,7 @@ class MembersSettings(TypedDict, total=False):
     compile: str
     patience_s: float | None
     drop_failing: bool
+    devices: Devices | None
     directory: TemporaryDirectory[str] | None
     say: Say
 
@@ -82,6 +85,7 @@ class MembersSession(RemoteSession):
         compile: str = "tiered",
         patience_s: float | None = None,
         drop_failing: bool = False,
+        devices: Devices | None = None,
         directory: TemporaryDirectory[str] | None = None,
         say: Say = log.info,
     ) -> None:
@@ -91,6 +95,11 @@ class MembersSession(RemoteSession):
         self.closed = False
         self._hub, self._directory = hub, directory
         self._compile, self._drop_failing, self._say = compile, drop_failing, say
+        self._devices = devices
+        placer = Placer(devices, compile=compile, say=say) if devices else None
+        self._divided: dict[str, Any] = (
+            {"microbatches": devices.microbatches, "placed": placer.pieces} if devices and placer else {}
+        )
         self._times = StepTimes(compile, patience_s)
         self._reader = FeedReader(graph, Memory([]))
         self._ranges = feed_ranges(graph)
@@ -216,7 +225,7 @@ class MembersSession(RemoteSession):
         """Have a worker make a program ready, unless it has it."""
         if key not in self._given[member]:
             self._given[member].add(key)
-            program = {GRAPH: self._programs.content(key), **self._programs.indices(key)}
+            program = {GRAPH: self._programs.content(key), **self._programs.beside(key)}
             self._hub.send(member, Message("program", {"key": key}, program))
 
     def _failed_in(self, member: str, message: Message) -> None:

@@ -16,13 +16,13 @@ from millrace.errors import WorkerError
 from millrace.graph.graph import TRAIN, Graph
 from millrace.graph.random import slice_random
 from millrace.graph.signature import Role, TensorSpec
+from millrace.replicas.divided import NEW, DividedProgram, DividedPrograms, program_of
 from millrace.replicas.staged_program import StagedProgram
 from millrace.replicas.stages import Stages, all_stages
 from millrace.runtime.session import Session
 
+Program = Session | StagedProgram | DividedProgram
 Early = Callable[[Mapping[str, Tensor]], None]  # is given values as soon as they are there
-
-NEW = "new/"  # begins the fetch of a variable's value after the forward pass
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Gradients:
         exchanged: names of what the update reads.
         variables: all that the programs read, by name.
         stages: of the exchanged values, those that can be given early.
+        divided: runs the programs on several devices, which give nothing early; None: they run here.
     """
 
     def __init__(
@@ -73,19 +74,27 @@ class Gradients:
         compile: str,
         say: Say,
         stages: Stages = (),
+        divided: DividedPrograms | None = None,
     ) -> None:
         self.variables = dict(variables)
+        self._divided = divided
         self._compile, self._say, self._stages = compile, say, stages
         self._staged: dict[int, StagedProgram] = {}
         self._random = ""
         self._exchanged = tuple(exchanged)
-        self._programs: dict[int, Session] = {}
+        self._programs: dict[int, Session | DividedProgram] = {}
 
-    def load(self, key: int, gradients: Graph) -> None:
-        """Make the gradients' half of the step, for slices of one shape, ready under the number `key`."""
-        news = {NEW + variable: node for variable, node in gradients.updates.items()}
+    def load(self, key: int, gradients: Graph, pieces: bytes = b"") -> None:
+        """Make the gradients' half of the step, for slices of one shape, ready under the number `key`.
+
+        Args: pieces: of `Placer.pieces`, where it is to run on several devices.
+        """
         self._random = next((v.name for v in gradients.variables if v.role is Role.RANDOM), self._random)
-        self._programs[key] = self._session(gradients.with_(fetches={**gradients.fetches, **news}, updates={}))
+        program = program_of(gradients)
+        if self._divided is not None:
+            self._programs[key] = self._divided.program(program, self.variables, pieces)
+        else:
+            self._programs[key] = self._session(program)
 
     def values(
         self, number: int, key: int, feeds: Mapping[str, Tensor], early: Early | None = None
@@ -113,7 +122,8 @@ class Gradients:
         """Let other tensors be some of the variables from here on; for programs without stages."""
         self.variables |= variables
         for session in self._programs.values():
-            session.use({name: tensor for name, tensor in variables.items() if name in session.variables})
+            if isinstance(session, Session):
+                session.use({name: tensor for name, tensor in variables.items() if name in session.variables})
 
     @property
     def tier(self) -> str:
@@ -127,7 +137,7 @@ class Gradients:
 
     def _run(self, key: int, feeds: Mapping[str, Tensor], early: Early | None) -> dict[str, Tensor]:
         session = self._program(key)
-        if early is None or not self._stages:
+        if early is None or not self._stages or self._divided:
             names = list(session.graph.fetches)
             return dict(zip(names, session.run(names, dict(feeds) or None), strict=True))
         if key not in self._staged:
@@ -136,14 +146,14 @@ class Gradients:
             )
         return self._staged[key].run(feeds, early)
 
-    def _sessions(self) -> list[Session | StagedProgram]:
+    def _sessions(self) -> list[Program]:
         return [self._staged.get(key, session) for key, session in self._programs.items()]
 
     def _session(self, graph: Graph) -> Session:
         own = {variable.name: self.variables[variable.name] for variable in graph.variables}
         return Session(graph, own, compile=self._compile, say=self._say)
 
-    def _program(self, key: int) -> Session:
+    def _program(self, key: int) -> Session | DividedProgram:
         if key not in self._programs:
             raise WorkerError(f"program {key} was not given to this worker before a slice of a batch that needs it.")
         return self._programs[key]
@@ -156,16 +166,25 @@ class Replica(Gradients):
         update: the half of the step that applies gradients.
         variables: all of the step's, by name; they are changed in place.
         stages: see `stages.early_stages`.
+        divided: see `Gradients`.
     """
 
     def __init__(
-        self, update: Graph, variables: Mapping[str, Tensor], *, compile: str, say: Say, stages: Stages = ()
+        self,
+        update: Graph,
+        variables: Mapping[str, Tensor],
+        *,
+        compile: str,
+        say: Say,
+        stages: Stages = (),
+        divided: DividedPrograms | None = None,
     ) -> None:
-        super().__init__([feed.name for feed in update.feeds], variables, compile=compile, say=say, stages=stages)
+        exchanged = [feed.name for feed in update.feeds]
+        super().__init__(exchanged, variables, compile=compile, say=say, stages=stages, divided=divided)
         self._update = self._session(update)
         self._random = next((v.name for v in update.variables if v.role is Role.RANDOM), "")
 
-    def _sessions(self) -> list[Session | StagedProgram]:
+    def _sessions(self) -> list[Program]:
         return [self._update, *super()._sessions()]
 
     def compute(self, slices: Sequence[Slice], begin: Callable[[Sequence[Tensor]], None] | None = None) -> Computed:

@@ -13,10 +13,12 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from millrace.errors import SettingError
 from millrace.graph.graph import TRAIN, Graph
 from millrace.graph.passes.halves import halves
 from millrace.graph.passes.shards import shards
 from millrace.replicas import shard_events
+from millrace.replicas.divided import NEW
 from millrace.replicas.hub import Hub
 from millrace.replicas.kept import Kept
 from millrace.replicas.members_session import MembersSession, MembersSettings
@@ -35,7 +37,6 @@ from millrace.replicas.pool_events import (
 )
 from millrace.replicas.programs import Programs
 from millrace.replicas.protocol import DriverCommand, ReadWanted
-from millrace.replicas.replica import NEW
 from millrace.replicas.row_plan import row_plan
 from millrace.replicas.server_worker import FEED, FETCH
 from millrace.replicas.settings import Async, Sync
@@ -85,7 +86,12 @@ class ServerSession(MembersSession):
         for note in plan.notes:
             self._say(note)
         self._shards, self.tables = plan.shards, plan.tables
-        self._programs = Programs(graph, self._reader, tables=self.tables)
+        if self.tables and self._devices:
+            raise SettingError(
+                f"{self.tables[0]!r} is on servers, and workers get only the rows that a batch names. That is not "
+                "possible in replicas of several devices: leave devices out, or train by collectives."
+            )
+        self._programs = Programs(graph, self._reader, tables=self.tables, **self._divided)
         self._exchanged = {feed.name for feed in whole.exchanged}
         self._fetches = {TRAIN, *whole.gradients.fetches} - self._exchanged
         held = {name for part in self._shards for name in part.variables}
@@ -286,6 +292,7 @@ class ServerSession(MembersSession):
             if isinstance(self._update, Async):
                 every = {name: getattr(self._update, name) for name in every}
             fields |= {"compile": self._compile, "timeout_s": _CONTROL_S / 4, "held": self._held, **every}
+            fields["devices"] = self._devices.as_fields() if self._devices else None
             tensors = {VARIABLE + name: value for name, value in self._kept.values.items()}
         elif kind == "batch":
             fields, tensors = self._batch(member, fields)

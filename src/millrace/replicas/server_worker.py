@@ -22,9 +22,10 @@ from torch import Tensor
 from millrace.errors import WorkerError
 from millrace.graph.save import graph_from_bytes
 from millrace.replicas.batch_rows import BatchRows, added
+from millrace.replicas.divided import NEW, DividedPrograms
 from millrace.replicas.line import Line
-from millrace.replicas.programs import INDICES, as_bytes
-from millrace.replicas.replica import NEW, Gradients
+from millrace.replicas.programs import INDICES, as_bytes, pieces_beside
+from millrace.replicas.replica import Gradients
 from millrace.replicas.server_client import Receipt
 from millrace.replicas.shard_access import Begun, ShardAccess
 from millrace.replicas.shard_clients import ShardClients
@@ -81,7 +82,10 @@ class _ServerWorker:
         self._exchanged = tuple(name for client in clients for name in client.gradients)
         self._rows = BatchRows({name: spec for client in clients for name, spec in client.tables.items()})
         held = self._held[0]
-        self._gradients = Gradients(self._exchanged, {**own, **held}, compile=fields["compile"], say=self._log)
+        settings: dict[str, Any] = {"compile": fields["compile"], "say": self._log}
+        devices = fields["devices"]
+        divided = DividedPrograms(devices, line, **settings) if devices else None
+        self._gradients = Gradients(self._exchanged, {**own, **held}, divided=divided, **settings)
         self._versions: list[int] = []  # of the last fetch
         self._fetched_for = 0  # how many batches were computed since
         self._coming: Begun | None = None  # a fetch into the other side
@@ -111,7 +115,7 @@ class _ServerWorker:
 
     def _load(self, message: Message) -> None:
         key = message.fields["key"]
-        self._gradients.load(key, graph_from_bytes(as_bytes(message.tensors[GRAPH])))
+        self._gradients.load(key, graph_from_bytes(as_bytes(message.tensors[GRAPH])), pieces_beside(message.tensors))
         if INDICES in message.tensors:
             self._rows.load(key, graph_from_bytes(as_bytes(message.tensors[INDICES])))
 

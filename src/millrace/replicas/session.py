@@ -84,7 +84,8 @@ class ReplicatedSession(MembersSession):
         self._variables = _of_both(whole) if whole else tuple(v.name for v in graph.variables)
         self._stages = early_stages(whole.gradients, [feed.name for feed in whole.exchanged]) if whole else ()
         self._travel = travel or Travel()
-        self._programs = Programs(graph, self._reader, whole=local is not None)
+        whole_steps = local is not None
+        self._programs = Programs(graph, self._reader, whole=whole_steps, **self._divided)
         self._slices: list[_Slice] = []  # of the step in flight
         self._batches = 1  # in a step
         self._answers: list[StepDone | VariablesRead] = []
@@ -235,6 +236,7 @@ class ReplicatedSession(MembersSession):
             self._given[member] = set()
             fields |= {"role": "worker", "compile": self._compile, "timeout_s": self._times.patience_s}
             fields |= {"stages": self._stages, "travel": asdict(self._travel)}
+            fields["devices"] = self._devices.as_fields() if self._devices else None
             fields |= {"store": asdict(self._rendezvous.address), "rule": asdict(self._rule) if self._rule else None}
             tensors = {GRAPH: self._shared} | self._variables_for(fields["committed"])
         elif kind == "step":

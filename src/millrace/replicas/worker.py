@@ -15,10 +15,11 @@ from torch import Tensor
 from millrace.errors import WorkerError
 from millrace.graph.save import graph_from_bytes
 from millrace.replicas.collective import Group
+from millrace.replicas.divided import DividedPrograms
 from millrace.replicas.gloo_group import GlooGroup
 from millrace.replicas.line import Line
 from millrace.replicas.local_replica import LocalReplica
-from millrace.replicas.programs import as_bytes
+from millrace.replicas.programs import as_bytes, pieces_beside
 from millrace.replicas.protocol import (
     Adopt,
     AllReduce,
@@ -78,7 +79,9 @@ class _Worker:
         self._replica: Replica | LocalReplica
         if role.fields["rule"] is None:
             stages = tuple(tuple(stage) for stage in role.fields["stages"])
-            self._replica = Replica(graph, given, stages=stages, **settings)
+            devices = role.fields["devices"]
+            divided = DividedPrograms(devices, line, **settings) if devices else None
+            self._replica = Replica(graph, given, stages=stages, divided=divided, **settings)
         else:
             self._replica = LocalReplica(graph, given, LocalSteps(**role.fields["rule"]), **settings)
 
@@ -89,7 +92,8 @@ class _Worker:
             if message is None:
                 continue
             if message.kind == "program":
-                self._replica.load(message.fields["key"], graph_from_bytes(as_bytes(message.tensors[GRAPH])))
+                graph = graph_from_bytes(as_bytes(message.tensors[GRAPH]))
+                self._replica.load(message.fields["key"], graph, pieces_beside(message.tensors))
             elif message.kind == "write":
                 for name, value in message.tensors.items():
                     self._replica.variables[name].copy_(value)

@@ -98,9 +98,9 @@ class RemoteSession(abc.ABC):
                 self._own.variables[name].copy_(value)
             self._stale = False
 
-    def push(self) -> None:
-        """Give the other processes the values of the traced module's own tensors."""
-        self._write(self._own.variables)
+    def push(self, values: Mapping[str, Tensor] | None = None) -> None:
+        """Give the other processes the values of the traced module's own tensors, or these instead."""
+        self._write(self._own.variables if values is None else values)
         self._stale = False
 
     def read(self, name: str) -> Tensor:

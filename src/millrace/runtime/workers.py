@@ -51,11 +51,19 @@ class ProcessWorkers:
 
     imports: modules that every worker imports first, for operators that they register. hold_to_memory: whether a
     worker may not take more for its data than the device's memory (and on a CPU 128 MiB for libraries); asking for
-    more is then an error of the step.
+    more is then an error of the step. base: where to make the directory that they share; None: where the system has
+    temporary ones.
     """
 
-    def __init__(self, devices: Sequence[Device], *, imports: Sequence[str] = (), hold_to_memory: bool = False) -> None:
-        self._temporary = tempfile.TemporaryDirectory(prefix="millrace-workers-")  # only this user may enter it
+    def __init__(
+        self,
+        devices: Sequence[Device],
+        *,
+        imports: Sequence[str] = (),
+        hold_to_memory: bool = False,
+        base: Path | None = None,
+    ) -> None:
+        self._temporary = tempfile.TemporaryDirectory(prefix="millrace-workers-", dir=base)  # only this user may enter
         self.directory = Path(self._temporary.name)
         self._children: dict[str, Child] = {}
         self._connections: dict[str, socket.socket] = {}

@@ -15,7 +15,7 @@ from millrace.graph.training import PRECISIONS
 from millrace.place.cluster import Cluster
 from millrace.place.hints import Hints
 from millrace.place.wire import Wire
-from millrace.replicas.settings import Update, check_wire, update_of
+from millrace.replicas.settings import LocalSteps, Update, check_wire, update_of
 from millrace.runtime.transport.choose import check_transport
 from millrace.train.early_stopping import EarlyStopping
 
@@ -171,9 +171,9 @@ class Plan:
                 f"update={self.update!r} and cluster={self.cluster!r} are for replicas: say how many, by replicas=2"
             )
         if self.replicas is not None and self.devices is not None:
-            raise SettingError(
-                "replicas=… together with devices=… is not possible: each replica computes in one process. Choose one."
-            )
+            refused = {"time_chunks": self.time_chunks > 1, "local steps": isinstance(update, LocalSteps)}
+            for what in [name for name, is_so in refused.items() if is_so]:
+                raise SettingError(f"{what} in replicas=… of several devices each is not possible: leave one out.")
         for name in ("patience_s", "chaos_s", "room_within_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:

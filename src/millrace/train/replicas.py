@@ -16,7 +16,10 @@ from pathlib import Path
 import torch
 
 from millrace.compile.tiered import Say
+from millrace.errors import SettingError
 from millrace.graph.graph import Graph
+from millrace.place.hints import Hints
+from millrace.replicas.divided import Devices
 from millrace.replicas.hub import Hub
 from millrace.replicas.rendezvous import Rendezvous
 from millrace.replicas.server_session import ServerSession
@@ -25,6 +28,7 @@ from millrace.replicas.settings import Async, LocalSteps, Sync, Travel, processe
 from millrace.runtime.choose_launcher import choose_launcher
 from millrace.runtime.launch import Launcher
 from millrace.train.callbacks import Callback, RunView
+from millrace.train.devices import cluster_of
 from millrace.train.plan import Plan
 from millrace.train.result import Result
 from millrace.train.run_files import encode_json, write_atomically
@@ -111,6 +115,7 @@ class ReplicaRun(Callback):
             compile=plan.compile,
             patience_s=plan.patience_s,
             drop_failing=plan.drop_failing,
+            devices=self._devices(),
             directory=directory,
             say=self._say,
         )
@@ -144,12 +149,29 @@ class ReplicaRun(Callback):
                 patience_s=plan.patience_s,
                 drop_failing=plan.drop_failing,
                 travel=travel,
+                devices=self._devices(),
                 directory=directory,
                 say=self._say,
             )
         except BaseException:
             rendezvous.close()
             raise
+
+    def _devices(self) -> Devices | None:
+        """What every replica is divided over."""
+        plan = self._plan
+        if plan.devices is None or plan.replicas is None:
+            return None
+        cluster = cluster_of(plan.devices)
+        gpus = [device.name for device in cluster.devices if device.kind != "cpu"]
+        hosts = {device.host for device in cluster.devices}
+        if gpus or len(hosts) > 1:
+            raise SettingError(
+                "devices=… with replicas=…: every replica is divided over CPU workers of its own machine, not over "
+                f"{', '.join(gpus or sorted(hosts))}. Pass devices=2, say."
+            )
+        found = Devices(cluster, Hints.of(plan.placement), plan.seed, plan.microbatches)
+        return found if plan.cluster not in (None, "local") else found.shared_by(plan.replicas)
 
     def _launcher(self, directory: Path) -> Launcher:
         plan = self._plan

@@ -1,0 +1,85 @@
+"""Replicas that are divided over device processes: the steps of one session, and what is lost with one of those."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tests.graph.step_models import step_graph
+from tests.replicas.real_session import pid_of, session_over, train, values_of
+
+from millrace.place.cluster import CLASSES, Cluster, Device, Link
+from millrace.place.hints import Hints
+from millrace.replicas.divided import Devices
+from millrace.replicas.settings import Sync
+from millrace.runtime.session import Session
+
+RATES = dict.fromkeys(CLASSES, 1e9)
+CLUSTER = Cluster(
+    tuple(Device(f"/host:0/cpu:{number}", "cpu", 2**30, RATES) for number in range(2)), (Link("*", "*", 1e-5, 1e9),)
+)
+APART = Hints(modules={"0": "cpu:0", "2": "cpu:1"})  # of "mlp"
+
+
+def children_of(pid: int) -> list[int]:
+    """The device processes of a replica, which write to files that are named after the devices."""
+    children = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    logs = {int(child): os.readlink(f"/proc/{child}/fd/2") for each in children for child in each}
+    return [child for child, log in logs.items() if "cpu" in Path(log).name]
+
+
+@pytest.mark.parametrize(("update", "microbatches"), [(Sync(), 1), (Sync(), 2), (Sync(parameter_servers=1), 1)])
+def test_replicas_of_two_devices_take_the_steps_of_one_session(update: Sync, microbatches: int) -> None:
+    graph = step_graph("mlp", "adamw")
+    whole = Session(graph, copy=True, compile="eager")
+    expected = train(whole, "numbers", 4)
+    with session_over(graph, update, 2, devices=Devices(CLUSTER, APART, 0, microbatches)) as session:
+        assert train(session, "numbers", 4) == pytest.approx(expected, rel=1e-9)
+        for name, value in values_of(session).items():
+            torch.testing.assert_close(value, whole.variables[name], rtol=1e-9, atol=1e-9)
+
+
+def killed_device(pid: int) -> None:
+    os.kill(children_of(pid)[0], signal.SIGKILL)
+
+
+def frozen_device(pid: int) -> None:
+    os.kill(children_of(pid)[1], signal.SIGSTOP)
+
+
+def killed_replica(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_a_replica_is_replaced_that_lost_a_device_or_was_lost_and_leaves_none_behind() -> None:
+    """And the run is that of another with the same replicas, in which nothing is lost."""
+    graph = step_graph("mlp", "adamw")
+    settings = {"spares": 1, "devices": Devices(CLUSTER, APART)}
+    with session_over(graph, Sync(), 2, **settings) as session:
+        expected, final = train(session, "numbers", 12), values_of(session)
+    with session_over(graph, Sync(), 2, **settings) as session:
+        found = train(session, "numbers", 3)
+        devices = [device for member in session.workers for device in children_of(pid_of(session, member))]
+        assert len(devices) == 4
+        for first, fault in ((3, killed_device), (6, killed_replica), (9, frozen_device)):
+            while len(session.members) < 3:  # the spare comes later
+                time.sleep(0.05)
+            before = session.workers
+            fault(pid_of(session, before[0]))
+            began_s = time.monotonic()
+            found += train(session, "numbers", 3, first)
+            print(f"{fault.__name__}: {time.monotonic() - began_s:.2f} s")
+            assert before[0] not in session.workers
+        devices += [device for member in session.workers for device in children_of(pid_of(session, member))]
+        after = values_of(session)
+    until_s = time.monotonic() + 5.0  # the system ends them with their parents
+    while any(Path(f"/proc/{device}").exists() for device in devices):
+        assert time.monotonic() < until_s
+        time.sleep(0.02)
+    for name, value in final.items():
+        torch.testing.assert_close(after[name], value, rtol=1e-9, atol=1e-9)
+    assert found == pytest.approx(expected, rel=1e-9)
