@@ -107,6 +107,14 @@ def test_members_join_answer_are_killed_and_known_to_be(local: tuple[Launcher, P
     assert event.message.kind == "error"
     assert hub.next(10.0) == Lost("m2", "its process exited with 1; its last words: ValueError: on purpose")
 
+    # Nobody else may use this Ray.
+    program = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
+    gcs = importlib.import_module("ray").get_runtime_context().gcs_address
+    for other in ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}, {"RAY_AUTH_MODE": "disabled"}):
+        variables = {**os.environ, "RAY_AUTH_TOKEN_PATH": "", **other}
+        done = subprocess.run([sys.executable, "-c", program, gcs], capture_output=True, text=True, env=variables)
+        assert "InvalidAuthToken" in done.stderr
+
     # What they had of Ray is free again, and one more than it has is refused at once.
     assert hub.start(4) == ["m3", "m4", "m5", "m6"]
     with pytest.raises(PlacementError, match=r"m7 asks for 0\.5 CPU, but the local Ray has 2 in all, and 4 processes"):

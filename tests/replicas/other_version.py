@@ -1,0 +1,7 @@
+"""Imported by a member, makes it one of another version of millrace."""
+
+from __future__ import annotations
+
+from millrace.runtime import handshake
+
+handshake.__version__ = "99.0"
