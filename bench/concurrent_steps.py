@@ -3,7 +3,9 @@
 A model whose variables take about as long to travel as a batch to compute: wide layers, small batches. Two sessions
 over parameter servers, which differ in `Async(overlap=…)` alone, take turns; the gain is the median ratio of
 neighbouring turns. Prints a JSON line: milliseconds of a batch both ways (best turns), the gain, and the mean staleness
-of each. With as many cores as there are processes the gain can be up to two; on fewer they share them.
+of each. The gain can be up to two where processors are idle while something travels. On one host nothing is idle: what
+travels is copied by processors, and on few cores takes them from who computes. So there is `--gbit` too: servers are
+reached by TCP, with a pause for every tensor as long as a link of so many gigabits a second needs (`bench.slow_link`).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.slow_link import SlowLauncher
 from millrace.graph.graph import TRAIN, Graph
 from millrace.graph.training import training_graph
 from millrace.optim import sgd
@@ -43,10 +46,12 @@ def wide_model(width: int, depth: int, batch_size: int) -> tuple[Graph, tuple[Te
     return training_graph(nn.Sequential(*layers), loss, sgd(0.01), batch, seed=0), batch
 
 
-def started(graph: Graph, workers: int, *, overlap: bool) -> ServerSession:
+def started(graph: Graph, workers: int, gbit: float | None, *, overlap: bool) -> ServerSession:
     """A session with processes of its own."""
     directory = tempfile.TemporaryDirectory(prefix="millrace-")
     launcher = ProcessLauncher("millrace.replicas.member", [], 1, Path(directory.name))
+    if gbit is not None:
+        launcher = SlowLauncher(Path(directory.name), gbit)
     hub = Hub(launcher, secrets.token_bytes(32), Path(directory.name), lambda line: None)
     update = Async(parameter_servers=1, copies=False, overlap=overlap)
     variables = {name: value.detach().clone() for name, value in graph.initial.items()}
@@ -68,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--width", type=int, default=2048)
     options.add_argument("--depth", type=int, default=4)
     options.add_argument("--batch", type=int, nargs="+", default=[8, 32, 128])
+    options.add_argument("--gbit", type=float, help="a second, between servers and workers; on one host if not given")
     options.add_argument("--workers", type=int, default=1)
     options.add_argument("--turns", type=int, default=7)
     options.add_argument("--steps", type=int, default=20, help="in a turn")
@@ -76,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         graph, batch = wide_model(given.width, given.depth, batch_size)
         with contextlib.ExitStack() as stack:
             sessions = [
-                stack.enter_context(started(graph, given.workers, overlap=overlap)) for overlap in (False, True)
+                stack.enter_context(started(graph, given.workers, given.gbit, overlap=overlap))
+                for overlap in (False, True)
             ]
             for session in sessions:
                 turn_s(session, [batch] * 5)
@@ -85,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             figure = {
                 "name": "concurrent steps",
                 "bytes": sum(value.nbytes for value in graph.initial.values()),
+                "gbit": given.gbit,
                 "batch": batch_size,
                 "workers": given.workers,
                 "waiting_ms": round(min(waits) * 1e3, 2),

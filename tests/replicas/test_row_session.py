@@ -98,6 +98,25 @@ def test_a_copy_takes_over_with_all_rows() -> None:
         assert all(torch.equal(session.variables[name], value) for name, value in final.items())
 
 
+def test_asynchronous_rows_outlive_their_server() -> None:
+    """Two workers that overlap; the process with the larger table is killed in the middle."""
+    graph = graph_of(millrace.optim.adagrad(0.3))
+    batches = [batch(seed % 5) for seed in range(120)]
+    with session_over(graph, Async(parameter_servers=2, overlap=True), 2, spares=1) as session:
+        until(session, lambda: all_follow(session))
+        losses = []
+        for (_, loss), _ in session.stream([TRAIN, "loss"], batches):
+            losses.append(float(loss))
+            if len(losses) == 40:
+                shard = next(i for i, part in enumerate(session._shards) if "bags.weight" in part.variables)
+                os.kill(pid_of(session, session._pool.places[shard].holder), signal.SIGKILL)
+        assert len(losses) == 120
+        assert sum(losses[-20:]) < 0.3 * sum(losses[:20])
+        assert 120 <= session.staleness.total() <= 120 + session.repeats
+        learnt = Session(graph, dict(session.variables), compile="eager")
+        assert float(learnt.run("loss", batch(0))) < 0.3 * losses[0]
+
+
 def test_rows_of_several_batches_are_pushed_together() -> None:
     graph = graph_of(millrace.optim.sgd(0.5))
     batches = [batch(seed) for seed in range(4)]
