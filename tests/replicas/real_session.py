@@ -16,11 +16,12 @@ from torch import Tensor
 
 from millrace.graph.graph import TRAIN, Graph
 from millrace.replicas.hub import Hub
+from millrace.replicas.hybrid_session import HybridSession
 from millrace.replicas.members_session import MembersSession
 from millrace.replicas.rendezvous import Rendezvous
 from millrace.replicas.server_session import ServerSession
 from millrace.replicas.session import ReplicatedSession
-from millrace.replicas.settings import Async, LocalSteps, Sync
+from millrace.replicas.settings import Hybrid, LocalSteps, Update
 from millrace.runtime.launch import Launcher, ProcessLauncher
 from millrace.runtime.session import Session
 
@@ -34,7 +35,7 @@ def _processes(directory: Path) -> Launcher:
 @contextlib.contextmanager
 def session_over(
     graph: Graph,
-    update: Sync | Async | LocalSteps,
+    update: Update,
     replicas: int,
     *,
     spares: int = 0,
@@ -57,6 +58,8 @@ def session_over(
     if isinstance(update, LocalSteps) or not update.parameter_servers:
         local = update if isinstance(update, LocalSteps) else None
         session = ReplicatedSession(graph, hub, Rendezvous(), local=local, **given)
+    elif isinstance(update, Hybrid):
+        session = HybridSession(graph, hub, Rendezvous(), update, **given)
     else:
         session = ServerSession(graph, hub, update, **given)
     with session:

@@ -8,7 +8,7 @@ has; what shard and copy say to each other is tried by itself in `explore_shards
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +25,8 @@ class Process(NamedTuple):
 
     content: of a shard or its copy, None before it has any. follower: who has its copy. addresses: of the shards, as a
     worker knows them. left: which shards the present push is still to reach. waits: for which it waits to be moved.
+    Of a member of a group (`small_groups`): generation, rank, size: of the collective that it is in. phase: what it
+    does there. slices: of the batch.
     """
 
     name: str
@@ -39,11 +41,16 @@ class Process(NamedTuple):
     unpushed: tuple[tuple[int, int], ...] = ()
     left: tuple[int, ...] = ()
     waits: tuple[int, ...] = ()
+    generation: int = -1
+    rank: int = 0
+    size: int = 0
+    phase: str = ""
+    slices: tuple[int, ...] = ()
 
 
 class World(NamedTuple):
     """A state of everything. wishes: how many were made. faults: crashes, members that get stuck, and connections of
-    copies that break, still to come."""
+    copies that break, still to come. met: collectives to which all have come."""
 
     driver: int
     processes: tuple[Process, ...] = ()
@@ -54,6 +61,7 @@ class World(NamedTuple):
     wishes: int = 0
     done: tuple[int, ...] = ()
     read: int = 0
+    met: frozenset[Any] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,7 @@ class SmallPool:
         if driver.failed:
             return
         for place, process in enumerate(world.processes):
-            if process.life == "live":
+            if process.life == "live" and not self._may_wait(process):
                 hears = self._hears(world, place)
                 if hears is not None:  # nothing that others do meanwhile depends on it
                     yield f"{process.name} hears {process.inbox[0].kind}", hears, False
@@ -218,6 +226,10 @@ class SmallPool:
 
     # -- members --------------------------------------------------------------------------------------------------
 
+    def _may_wait(self, process: Process) -> bool:
+        """Whether what others do meanwhile may matter to what a process makes of its next message."""
+        return False
+
     def _hears(self, world: World, place: int) -> World | None:
         """The world after a process has heard the next message; None when there is none that it can hear now."""
         process = world.processes[place]
@@ -309,7 +321,9 @@ class SmallPool:
             pushed = pushed._replace(unpushed=())
             yield what, self._answer(world, place, pushed, kind, process.unpushed), False
 
-    def _answer(self, world: World, place: int, process: Process, kind: str, pushed: Any) -> World:
+    def _answer(
+        self, world: World, place: int, process: Process, kind: str, pushed: Any, more: Mapping[str, Any] | None = None
+    ) -> World:
         versions = []
         for address in process.addresses:
             content = world.processes[self._place(world, address)].content or frozenset()
@@ -317,7 +331,7 @@ class SmallPool:
             counts = {step: sum(work[0] == step for work in content) for step in complete}
             needed = {w.step: w.needed for w in self.scope.wishes if isinstance(w, ev.Wanted)}
             versions.append(max([0, *(step + 1 for step in complete if counts[step] >= needed[step])]))
-        fields = {"pushed": tuple(pushed), "versions": tuple(versions), "late": False}
+        fields = {"pushed": tuple(pushed), "versions": tuple(versions), "late": False, **(more or {})}
         return self._say(world, place, process._replace(work=None), kind, fields)
 
     # -- faults, and small things ---------------------------------------------------------------------------------

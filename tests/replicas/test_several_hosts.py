@@ -13,7 +13,7 @@ import torch
 from tests.graph.step_models import step_graph
 from tests.replicas.real_session import pid_of, session_over, train, values_of
 
-from millrace.replicas.settings import Sync
+from millrace.replicas.settings import Hybrid, Sync
 from millrace.runtime.launch import ProcessLauncher
 
 HERE = Path(__file__).parent
@@ -75,4 +75,16 @@ def test_servers_and_their_copies_are_reached_over_tcp() -> None:
         found += train(session, "numbers", 3, 3)
         assert found == expected
         assert all(torch.equal(value, final[name]) for name, value in values_of(session).items())
+        assert not sockets_in(session)
+
+
+def test_a_group_agrees_over_tcp() -> None:
+    graph = step_graph("mlp", "adamw")
+    with session_over(graph, Hybrid(groups=1, copies=False), 2) as session:
+        expected = train(session, "numbers", 6)
+    with session_over(graph, Hybrid(groups=1, copies=False), 2, spares=1, launcher_in=FarLauncher) as session:
+        found = train(session, "numbers", 3)
+        os.kill(pid_of(session, session._pool.groups["g0"].formed[0]), signal.SIGKILL)
+        found += train(session, "numbers", 3, 3)
+        assert found == pytest.approx(expected, rel=1e-12)
         assert not sockets_in(session)

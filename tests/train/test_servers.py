@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import millrace
 from millrace.errors import SettingError
-from millrace.replicas.settings import Async
+from millrace.replicas.settings import Async, Hybrid
 from millrace.train.fit import fit
+from millrace.train.plan import Plan
 from millrace.train.run_directory import RunDirectory
 
 
@@ -93,3 +94,38 @@ def test_more_servers_than_variables_are_refused() -> None:
     says = r"parameter_servers=3: the model has 2 trained tensors.*at most 2"
     with pytest.raises(SettingError, match=says):
         fit(nn.Linear(3, 2), data, loss=loss, update=Async(parameter_servers=3), **settings)
+
+
+def test_groups_of_replicas_train_a_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 2))
+    x = torch.randn(240, 6)
+    y = (x[:, 0] + x[:, 1] > 0).long()
+
+    with torch.no_grad():
+        before = float(loss(model, (x, y)))
+    result = fit(
+        model,
+        (x, y),
+        loss=loss,
+        optimizer=millrace.optim.adagrad(0.1),
+        epochs=4,
+        batch_size=8,
+        validation=(x, y),
+        update=Hybrid(groups=2, replicas=2, copies=False),
+        spares=0,
+        compile="eager",
+        progress=False,
+        run_dir=tmp_path / "run",
+    )
+    assert result.steps == 120
+    assert result.evaluation["loss"] < 0.5 * before
+    told = json.loads((tmp_path / "run" / "staleness.json").read_text())
+    assert sum(told["updates_by_staleness"].values()) == 120
+
+
+def test_the_size_of_a_group_is_said_once() -> None:
+    with pytest.raises(SettingError, match=r"replicas=3 and update=Hybrid\(replicas=2\)"):
+        Plan(steps=1, replicas=3, update=Hybrid(replicas=2))
+    assert Plan(steps=1, update=Hybrid(groups=3, replicas=2)).workers == 6
+    assert Plan(steps=1, replicas=4, update="hybrid").workers == 8

@@ -12,6 +12,7 @@ from millrace.cli.arguments import RUN_HELP, add_device, add_json, add_settings,
 from millrace.cli.placing import add_dividing, devices_of, wishes
 from millrace.errors import MillraceError, SettingError
 from millrace.place.cluster_file import read_cluster
+from millrace.replicas.settings import Hybrid
 from millrace.train.callbacks import Callback, RunView
 from millrace.train.devices import PICTURE, TIMELINE
 from millrace.train.run_directory import RunDirectory
@@ -81,11 +82,12 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     )
     options.add_argument("--replicas", type=int, metavar="N", help="train in N processes, each with a slice of a batch")
     options.add_argument(
-        "--update", default="sync", metavar="WAY", help="how they agree: sync, async, local_steps (sync)"
+        "--update", default="sync", metavar="WAY", help="how they agree: sync, async, hybrid, local_steps (sync)"
     )
     options.add_argument(
         "--room-within", type=float, metavar="SECONDS", help="how long a cluster may take to find room for them (30)"
     )
+    options.add_argument("--groups", type=int, metavar="N", help="--update hybrid: so many groups of --replicas each")
     options.add_argument("--chaos", type=float, metavar="SECONDS", help="kill one of the processes every so often")
     add_dividing(options)
     add_json(options)
@@ -104,6 +106,8 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
             f"--cluster {given.cluster}: there is no such cluster file. To train on a Ray cluster say over how many "
             f"processes, by --replicas N; to have the whole run there: millrace submit … --cluster {given.cluster}"
         )
+    if given.groups is not None and given.update != "hybrid":
+        options.error("--groups N is for --update hybrid")
     if given.devices is not None and given.cluster is not None:
         options.error("--devices N makes workers of this machine, --cluster FILE lists them: give one of the two")
     several = given.on or given.wire or given.microbatches > 1 or given.time_chunks > 1
@@ -124,7 +128,7 @@ def _division(given: argparse.Namespace) -> Division:
         partitions=given.partitions,
         wire=given.wire,
         replicas=given.replicas,
-        update=given.update,
+        update=given.update if given.groups is None else Hybrid(given.groups),
         cluster=None if several else given.cluster,
         chaos_s=given.chaos,
         **({} if given.room_within is None else {"room_within_s": given.room_within}),
@@ -143,7 +147,7 @@ def kept_arguments(given: argparse.Namespace) -> list[str]:
         "partitions": 1,
         "wire": None,
     }
-    defaults |= {"replicas": None, "update": "sync"}
+    defaults |= {"replicas": None, "update": "sync", "groups": None}
     for name, default in defaults.items():
         if getattr(given, name) != default:
             value = getattr(given, name)

@@ -14,14 +14,14 @@ from millrace.graph.signature import Role
 
 
 class Kept:
-    """Values by name. Of a step in slices the mean of new values counts, weighted by examples, as for collective
-    replicas. Of batches side by side the newest value counts; integers (numbers of batches and of random draws) are
-    added up, and all batches draw from the stream of the beginning, each from a part of its own (`slice_random`).
+    """Values by name. Of a batch in slices the mean of new values counts, weighted by examples, as for collective
+    replicas. Of batches side by side the newest one's values count; integers (numbers of batches and of random draws)
+    are added up, and all batches draw from the stream of the beginning, each from a part of its own (`slice_random`).
 
     Args:
         gradients: the half of the step with the forward pass.
         held: names of the variables that servers hold.
-        sync: whether steps come in slices, one after the other.
+        sync: whether batches come one after the other.
     """
 
     def __init__(self, gradients: Graph, held: Collection[str], values: Mapping[str, Tensor], *, sync: bool) -> None:
@@ -55,11 +55,9 @@ class Kept:
             if not values[0].is_floating_point():
                 added = values[0] - given[name]
                 self.values[name] = self.values[name] + added
-            elif self._sync:
+            else:
                 weights = [size / sum(sizes) for size in sizes]
                 total = values[0] * weights[0]
                 for value, weight in zip(values[1:], weights[1:], strict=True):
                     total = total + value * weight
                 self.values[name] = total
-            else:
-                self.values[name] = values[0]

@@ -14,6 +14,7 @@ from millrace.errors import WorkerError
 from millrace.replicas.suspicion import BEAT_S
 from millrace.runtime.messages import LONGEST_WAIT_S, Message, receive, send
 
+LOOPBACK = "127.0.0.1"
 _DRIVER = "the driver"
 
 

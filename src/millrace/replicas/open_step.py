@@ -13,13 +13,14 @@ from torch import Tensor
 class OpenStep:
     """batch: as the user gave it. parts: of each slice the program, the feeds and the number of examples. given: what
     of the driver's variables went with it. results: of each slice, what came beside its worker's answer. tau: of the
-    push that it was part of."""
+    push that it was part of. generation: of the group that works at it, if groups do."""
 
     batch: Any
     parts: list[tuple[int, dict[str, Tensor], int]]
     given: Mapping[str, Tensor] = field(default_factory=dict)
     results: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
     tau: int = 0
+    generation: int = -1
 
     @property
     def sizes(self) -> list[int]:

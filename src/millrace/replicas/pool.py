@@ -164,7 +164,6 @@ class Pool:
         self._story(f"{what} of all variables is wanted")
 
     def _lost(self, name: str, why: str) -> None:
-        self.losses += 1
         member = self.members.pop(name, None)
         if member is None:
             self.starting -= 1
@@ -174,10 +173,14 @@ class Pool:
             self._give_back(member)
             for shard in range(self.sizes.servers):
                 self._lost_of_shard(shard, name, why)
+        self._count_loss(f"{name}: {why}")
+
+    def _count_loss(self, what: str) -> None:
+        self.losses += 1
         limit = self.sizes.max_losses
         limit = 3 * self._total() if limit is None else limit
         if self.losses > limit and not self.failed:
-            self._fail(f"{self.losses} processes were lost without a step in between; the last one, {name}: {why}")
+            self._fail(f"{self.losses} processes were lost without a step in between; the last one, {what}")
 
     def _give_back(self, member: Member) -> None:
         again = [work for work in member.holds if self._is_open(work) and work not in self.queue]

@@ -18,6 +18,7 @@ class Sizes:
     copies: whether every shard has a copy on another process. spares: members without a role. sync: whether the pushes
     of a step become one update. bound: how many batches a worker may be ahead of the slowest one, None for any.
     max_losses: so many without a step in between, and the run is given up (default: three times all members).
+    group: how many processes a worker is.
     """
 
     servers: int
@@ -27,6 +28,7 @@ class Sizes:
     sync: bool = False
     bound: int | None = None
     max_losses: int | None = None
+    group: int = 1
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from millrace.replicas.group_worker import group_worker
 from millrace.replicas.line import Line
 from millrace.replicas.server_worker import server_worker
 from millrace.replicas.shard_role import shard
@@ -12,4 +13,9 @@ from millrace.runtime.messages import Message
 
 Role = Callable[[Line, Message], None]  # the message is the one that gave it the role
 
-ROLES: dict[str, Role] = {"worker": worker, "shard": shard, "server_worker": server_worker}
+ROLES: dict[str, Role] = {
+    "worker": worker,
+    "shard": shard,
+    "server_worker": server_worker,
+    "group_worker": group_worker,
+}

@@ -39,7 +39,7 @@ from millrace.replicas.programs import Programs
 from millrace.replicas.protocol import DriverCommand, ReadWanted
 from millrace.replicas.row_plan import row_plan
 from millrace.replicas.server_worker import FEED, FETCH
-from millrace.replicas.settings import Async, Sync
+from millrace.replicas.settings import Async, Hybrid, Sync
 from millrace.replicas.shard_setup import shard_setup
 from millrace.replicas.slices import examples_in, sizes_of, wholes_of
 from millrace.replicas.worker import VARIABLE
@@ -59,7 +59,7 @@ class ServerSession(MembersSession):
         graph: of the whole step.
         hub: starts processes and hears of them; the session closes it.
         update: how workers agree; with parameter servers.
-        replicas: how many slices an update waits for (sync), or how many workers there are (async).
+        replicas: how many slices an update waits for (sync), or how many workers there are (async; hybrid: in a group).
         spares: how many processes stand by.
         settings: see `MembersSettings`.
 
@@ -74,7 +74,7 @@ class ServerSession(MembersSession):
         self,
         graph: Graph,
         hub: Hub,
-        update: Sync | Async,
+        update: Sync | Async | Hybrid,
         *,
         replicas: int,
         spares: int = 1,
@@ -82,10 +82,13 @@ class ServerSession(MembersSession):
     ) -> None:
         super().__init__(graph, hub, **settings)
         whole = halves(graph)
-        plan = row_plan(whole, shards(whole.update, update.parameter_servers))
-        for note in plan.notes:
-            self._say(note)
-        self._shards, self.tables = plan.shards, plan.tables
+        self.tables: tuple[str, ...] = ()
+        self._shards = shards(whole.update, update.parameter_servers)
+        if not isinstance(update, Hybrid):  # only one of a group fetches, and it does not see what the others look up
+            plan = row_plan(whole, self._shards)
+            for note in plan.notes:
+                self._say(note)
+            self._shards, self.tables = plan.shards, plan.tables
         if self.tables and self._devices:
             raise SettingError(
                 f"{self.tables[0]!r} is on servers, and workers get only the rows that a batch names. That is not "
@@ -110,14 +113,17 @@ class ServerSession(MembersSession):
         self._began_s: dict[str, float] = {}
         self._tiers: deque[str] = deque(maxlen=replicas)
         self._sizes = _sizes(update, replicas, spares)
-        self._pool = Pool(self._sizes)
+        self._pool = self._new_pool()
         self._start()
+
+    def _new_pool(self) -> Pool:
+        return Pool(self._sizes)
 
     def _start(self) -> None:
         self._step = 0  # the next one
         for forgotten in (self._open, self._done, self._answers, self._began_s):
             forgotten.clear()
-        before, self._pool = self._pool, Pool(self._sizes)
+        before, self._pool = self._pool, self._new_pool()
         self._pool.repeats, self._pool.dropped = before.repeats, before.dropped
         self._carry_out(self._pool.start())
 
@@ -208,17 +214,23 @@ class ServerSession(MembersSession):
     def _hand_out(self, feed: Any) -> None:
         batch = self._reader.read(feed)
         check_ranges(self._ranges, [batch.given])
-        slices, needed, parts = self._replicas, 1, [(1, batch.placed)]
+        wanted = Wanted(self._step)
+        parts: list[tuple[int, Sequence[Tensor]]] = [(1, batch.placed)]
         if isinstance(self._update, Sync):
-            slices += self._update.backup
-            sizes = sizes_of(examples_in(batch.placed, [f.name for f in self.graph.feeds]), slices)
-            cut = [t.split(sizes) for t in batch.placed]
-            parts = [(size, [part[index] for part in cut]) for index, size in enumerate(sizes)]
-            needed = min(self._replicas, len(sizes))
+            parts = self._cut(batch.placed, self._replicas + self._update.backup)
+            wanted = Wanted(self._step, len(parts), min(self._replicas, len(parts)))
+        elif isinstance(self._update, Hybrid):
+            parts = self._cut(batch.placed, self._replicas)
         self._open[self._step] = OpenStep(feed, [(*self._programs.of(feeds), size) for size, feeds in parts])
         self._stale = True
         self._step += 1
-        self._decide(Wanted(self._step - 1, len(parts), needed))
+        self._decide(wanted)
+
+    def _cut(self, feeds: Sequence[Tensor], slices: int) -> list[tuple[int, Sequence[Tensor]]]:
+        """The sizes and feeds of so many slices, or of fewer where there are not enough examples."""
+        sizes = sizes_of(examples_in(feeds, [f.name for f in self.graph.feeds]), slices)
+        cut = [feed.split(sizes) for feed in feeds]
+        return [(size, [part[index] for part in cut]) for index, size in enumerate(sizes)]
 
     def _is_done(self, step: int, slices: Sequence[int]) -> None:
         """Take in what a step has made of this process's variables, and note that it is done."""
@@ -275,12 +287,15 @@ class ServerSession(MembersSession):
             self._times.add(time.monotonic() - self._began_s[member])
             self._tiers.append(fields["tier"])
             if fields["step"] in self._open:
-                self._open[fields["step"]].results[fields["slice"]] = message.tensors
+                self._keep_results(self._open[fields["step"]], message)
         if fields.get("tau") is not None:
             self.staleness[fields["tau"]] += 1
             for step, _ in fields["pushed"]:
                 if step in self._open:
                     self._open[step].tau = fields["tau"]
+
+    def _keep_results(self, step: OpenStep, message: Message) -> None:
+        step.results[message.fields["slice"]] = message.tensors
 
     def _tell(self, member: str, kind: str, fields: dict[str, Any]) -> None:
         tensors: dict[str, Tensor] = {}
@@ -288,11 +303,9 @@ class ServerSession(MembersSession):
             fields, tensors = self._shard_role(fields)
         elif kind == "role":
             self._given[member] = set()
-            every: dict[str, Any] = {"fetch_every": 1, "push_every": 1, "overlap": False}
-            if isinstance(self._update, Async):
-                every = {name: getattr(self._update, name) for name in every}
-            fields |= {"compile": self._compile, "timeout_s": _CONTROL_S / 4, "held": self._held, **every}
+            fields |= {"compile": self._compile, "timeout_s": _CONTROL_S / 4, "held": self._held}
             fields["devices"] = self._devices.as_fields() if self._devices else None
+            fields |= self._worker_settings()
             tensors = {VARIABLE + name: value for name, value in self._kept.values.items()}
         elif kind == "batch":
             fields, tensors = self._batch(member, fields)
@@ -301,9 +314,14 @@ class ServerSession(MembersSession):
             tensors = {VARIABLE + name: value for name, value in self._writing.items() if name in own}
         self._hub.send(member, Message(kind, fields, tensors))
 
+    def _worker_settings(self) -> dict[str, Any]:
+        """What else its role says to a worker."""
+        every: dict[str, Any] = {"fetch_every": 1, "push_every": 1, "overlap": False}
+        return {name: getattr(self._update, name) for name in every} if isinstance(self._update, Async) else every
+
     def _shard_role(self, fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         policy: shard_events.Policy = shard_events.Sync(fields["needed"])
-        if isinstance(self._update, Async):
+        if isinstance(self._update, Async | Hybrid):
             policy = shard_events.Async(damped=self._update.weaken_stale)
         more, tensors = shard_setup(self._shards[fields["shard"]], self._own.variables, policy, copy=fields["copy"])
         return {**fields, **more}, tensors
@@ -326,13 +344,10 @@ class ServerSession(MembersSession):
         return max(patience_s, patience_s / 2 + _GRACE_S) if doing.startswith("step") else _CONTROL_S
 
 
-def _sizes(update: Sync | Async, replicas: int, spares: int) -> Sizes:
-    sync = isinstance(update, Sync)
-    return Sizes(
-        update.parameter_servers,
-        replicas + (update.backup if isinstance(update, Sync) else 0),
-        update.copies,
-        spares,
-        sync,
-        None if isinstance(update, Sync) else update.bound,
-    )
+def _sizes(update: Sync | Async | Hybrid, replicas: int, spares: int) -> Sizes:
+    servers, copies = update.parameter_servers, update.copies
+    if isinstance(update, Sync):
+        return Sizes(servers, replicas + update.backup, copies, spares, sync=True)
+    if isinstance(update, Async):
+        return Sizes(servers, replicas, copies, spares, bound=update.bound)
+    return Sizes(servers, update.groups, copies, spares, bound=update.bound, group=replicas)

@@ -69,6 +69,28 @@ class Async:
 
 
 @dataclass(frozen=True)
+class Hybrid:
+    """Groups of replicas: inside a group they work at slices of one batch and add up their gradients by collectives;
+    each group pushes its gradients without waiting for the others.
+
+    groups: how many. replicas: in each of them; None: as many as the batch has slices.
+    bound: how many batches a group may be ahead of the slowest one; None: as many as it likes.
+    weaken_stale: scale a group's gradient by 1 / (1 + its staleness).
+    parameter_servers, copies: as of `Async`.
+    """
+
+    groups: int = 2
+    replicas: int | None = None
+    bound: int | None = None
+    weaken_stale: bool = False
+    parameter_servers: int = 1
+    copies: bool = True
+
+    def __post_init__(self) -> None:
+        _check_counts(self, least=1)
+
+
+@dataclass(frozen=True)
 class LocalSteps:
     """Every replica trains by itself for some steps; the mean of what they changed is then a step of an outer rule.
 
@@ -104,30 +126,31 @@ class Travel:
     overlap: bool | None = None
 
 
-Update = Sync | Async | LocalSteps
+Update = Sync | Async | Hybrid | LocalSteps
 
-_BY_NAME: dict[str, type[Sync] | type[Async] | type[LocalSteps]] = {
+_BY_NAME: dict[str, type[Sync] | type[Async] | type[Hybrid] | type[LocalSteps]] = {
     "sync": Sync,
     "async": Async,
+    "hybrid": Hybrid,
     "local_steps": LocalSteps,
 }
 
 
 def update_of(given: str | Update) -> Update:
     """What a user's word stands for. Raises: SettingError for an unknown one."""
-    if isinstance(given, Sync | Async | LocalSteps):
+    if isinstance(given, Sync | Async | Hybrid | LocalSteps):
         return given
     if given not in _BY_NAME:
         raise SettingError(
-            f"update={given!r}: expected one of {', '.join(map(repr, _BY_NAME))}, or one of millrace.replicas' "
-            f"Sync(…), Async(…), LocalSteps(…). {did_you_mean(str(given), list(_BY_NAME))}"
+            f"update={given!r}: expected one of {', '.join(map(repr, _BY_NAME))}, or a Sync(…), Async(…), Hybrid(…) or "
+            f"LocalSteps(…) of millrace.replicas.settings. {did_you_mean(str(given), list(_BY_NAME))}"
         )
     return _BY_NAME[given]()
 
 
 def check_wire(update: Update, transport: str | None, wire: Mapping[str, str] | str | None) -> None:
     """Whether replicas can agree over this. Raises: SettingError that says what they can."""
-    over_servers = isinstance(update, Async) or (isinstance(update, Sync) and bool(update.parameter_servers))
+    over_servers = isinstance(update, Async | Hybrid) or (isinstance(update, Sync) and bool(update.parameter_servers))
     if over_servers and not (transport is None and wire is None):
         raise SettingError(
             f"transport={transport!r} and wire={wire!r} are for replicas that add up their gradients by collectives; "
@@ -150,11 +173,14 @@ def processes(update: str | Update, replicas: int, spares: int) -> int:
     rule = update_of(update)
     if isinstance(rule, LocalSteps):
         return replicas + spares
-    backup = rule.backup if isinstance(rule, Sync) else 0
-    return replicas + backup + rule.parameter_servers * (2 if rule.copies else 1) + spares
+    if isinstance(rule, Sync):
+        workers = replicas + rule.backup
+    else:
+        workers = replicas * (rule.groups if isinstance(rule, Hybrid) else 1)
+    return workers + rule.parameter_servers * (2 if rule.copies else 1) + spares
 
 
-def _check_counts(settings: Sync | Async, least: int) -> None:
+def _check_counts(settings: Sync | Async | Hybrid, least: int) -> None:
     for name, value in vars(settings).items():
         if isinstance(value, bool) or value is None:
             continue

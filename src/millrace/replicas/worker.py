@@ -17,7 +17,7 @@ from millrace.graph.save import graph_from_bytes
 from millrace.replicas.collective import Group
 from millrace.replicas.divided import DividedPrograms
 from millrace.replicas.gloo_group import GlooGroup
-from millrace.replicas.line import Line
+from millrace.replicas.line import LOOPBACK, Line
 from millrace.replicas.local_replica import LocalReplica
 from millrace.replicas.programs import as_bytes, pieces_beside
 from millrace.replicas.protocol import (
@@ -49,7 +49,6 @@ from millrace.replicas.shared_group import SharedGroup
 from millrace.replicas.worker_state import WorkerState
 from millrace.runtime.messages import LONGEST_WAIT_S, Message
 
-_LOOPBACK = "127.0.0.1"
 GRAPH, VARIABLE, UPDATE = "graph", "variable/", "update"  # begin the names of tensors beside messages
 
 
@@ -178,7 +177,7 @@ class _Worker:
         fits = self._one_host and travel.wire is None
         if travel.transport == "shared_memory" or (travel.transport is None and fits):
             return SharedGroup(address, generation, rank, size, **settings)
-        host = self._line.host or _LOOPBACK
+        host = self._line.host or LOOPBACK
         return GlooGroup(address, generation, rank, size, host=host, wire=travel.wire, **settings)
 
     def _compute(self, step: int, slices: Sequence[int], weights: Sequence[float]) -> None:

@@ -15,7 +15,7 @@ from millrace.graph.training import PRECISIONS
 from millrace.place.cluster import Cluster
 from millrace.place.hints import Hints
 from millrace.place.wire import Wire
-from millrace.replicas.settings import LocalSteps, Update, check_wire, update_of
+from millrace.replicas.settings import Hybrid, LocalSteps, Update, check_wire, update_of
 from millrace.runtime.transport.choose import check_transport
 from millrace.train.early_stopping import EarlyStopping
 
@@ -164,6 +164,13 @@ class Plan:
 
     def _check_replicas(self) -> None:
         update = update_of(self.update)
+        if isinstance(update, Hybrid) and update.replicas not in (None, self.replicas):
+            if self.replicas is not None:
+                raise SettingError(
+                    f"replicas={self.replicas} and update=Hybrid(replicas={update.replicas}) are both how many there "
+                    "are in a group: say it once."
+                )
+            object.__setattr__(self, "replicas", update.replicas)
         if self.replicas is not None:
             check_wire(update, self.transport, self.wire)
         if self.replicas is None and (self.cluster is not None or self.update != "sync"):
@@ -178,6 +185,12 @@ class Plan:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise SettingError(f"{name}={value!r}: expected seconds above 0, or None")
+
+    @property
+    def workers(self) -> int:
+        """How many processes compute when replicas train, and none is missing."""
+        update = update_of(self.update)
+        return (self.replicas or 1) * (update.groups if isinstance(update, Hybrid) else 1)
 
     def refuse_changes(self, before: Mapping[str, Any]) -> None:
         """Raise SettingError where a run that goes on would become another; `before` is its `as_config`."""

@@ -6,7 +6,6 @@ staleness.json     of a run over parameter servers: how many updates had each st
 from __future__ import annotations
 
 import random
-import secrets
 import tempfile
 import threading
 import time
@@ -21,11 +20,14 @@ from millrace.graph.graph import Graph
 from millrace.place.hints import Hints
 from millrace.replicas.divided import Devices
 from millrace.replicas.hub import Hub
+from millrace.replicas.hybrid_session import HybridSession
+from millrace.replicas.members_session import MembersSettings
 from millrace.replicas.rendezvous import Rendezvous
 from millrace.replicas.server_session import ServerSession
 from millrace.replicas.session import ReplicatedSession
-from millrace.replicas.settings import Async, LocalSteps, Sync, Travel, processes, update_of
+from millrace.replicas.settings import Async, Hybrid, LocalSteps, Sync, Travel, Update, processes, update_of
 from millrace.runtime.choose_launcher import choose_launcher
+from millrace.runtime.handshake import new_token
 from millrace.runtime.launch import Launcher
 from millrace.train.callbacks import Callback, RunView
 from millrace.train.devices import cluster_of
@@ -35,7 +37,6 @@ from millrace.train.run_files import encode_json, write_atomically
 from millrace.train.run_state import Outcome
 
 STALENESS = "staleness.json"
-_TOKEN_BYTES = 32
 _MORE = 4
 
 
@@ -56,13 +57,12 @@ class ReplicaRun(Callback):
         directory = tempfile.TemporaryDirectory(prefix="millrace-")
         path = Path(directory.name)
         launcher = self._launcher(path)
-        hub = Hub(launcher, secrets.token_bytes(_TOKEN_BYTES), path, self._say)
+        hub = Hub(launcher, new_token(), path, self._say)
         session: ReplicatedSession | ServerSession
         try:
-            if isinstance(update, LocalSteps) or (isinstance(update, Sync) and not update.parameter_servers):
-                session = self._collective(graph, hub, update, launcher.where, directory)
-            else:
-                session = self._servers = self._over_servers(graph, hub, update, directory)
+            session = self._of(update, graph, hub, launcher.where, directory)
+            if isinstance(session, ServerSession):
+                self._servers = session
             if self._plan.chaos_s is not None:
                 chaos = threading.Thread(
                     target=_chaos, args=(session, self._plan.chaos_s, self._plan.seed), daemon=True
@@ -101,43 +101,35 @@ class ReplicaRun(Callback):
         }
         write_atomically(run.directory / STALENESS, encode_json(content))
 
-    def _over_servers(
-        self, graph: Graph, hub: Hub, update: Sync | Async, directory: tempfile.TemporaryDirectory[str]
-    ) -> ServerSession:
-        plan = self._plan
-        assert plan.replicas is not None
-        return ServerSession(
-            graph,
-            hub,
-            update,
-            replicas=plan.replicas,
-            spares=plan.spares,
-            compile=plan.compile,
-            patience_s=plan.patience_s,
-            drop_failing=plan.drop_failing,
-            devices=self._devices(),
-            directory=directory,
-            say=self._say,
-        )
-
-    def _collective(
+    def _of(
         self,
+        update: Update,
         graph: Graph,
         hub: Hub,
-        update: Sync | LocalSteps,
         where: str | None,
         directory: tempfile.TemporaryDirectory[str],
-    ) -> ReplicatedSession:
+    ) -> ReplicatedSession | ServerSession:
         plan = self._plan
         assert plan.replicas is not None
-        local = update if isinstance(update, LocalSteps) else None
-        travel = Travel(
-            plan.transport,
-            plan.wire if isinstance(plan.wire, str) else None,
-            update.overlap if isinstance(update, Sync) else None,
-        )
+        settings: MembersSettings = {
+            "compile": plan.compile,
+            "patience_s": plan.patience_s,
+            "drop_failing": plan.drop_failing,
+            "devices": self._devices(),
+            "directory": directory,
+            "say": self._say,
+        }
+        if isinstance(update, Async) or (isinstance(update, Sync) and update.parameter_servers):
+            return ServerSession(graph, hub, update, replicas=plan.replicas, spares=plan.spares, **settings)
         rendezvous = Rendezvous(where.split(":")[1]) if where else Rendezvous()
         try:
+            if isinstance(update, Hybrid):
+                return HybridSession(
+                    graph, hub, rendezvous, update, replicas=plan.replicas, spares=plan.spares, **settings
+                )
+            local = update if isinstance(update, LocalSteps) else None
+            wire = plan.wire if isinstance(plan.wire, str) else None
+            travel = Travel(plan.transport, wire, update.overlap if isinstance(update, Sync) else None)
             return ReplicatedSession(
                 graph,
                 hub,
@@ -145,13 +137,8 @@ class ReplicaRun(Callback):
                 local=local,
                 replicas=plan.replicas,
                 spares=plan.spares,
-                compile=plan.compile,
-                patience_s=plan.patience_s,
-                drop_failing=plan.drop_failing,
                 travel=travel,
-                devices=self._devices(),
-                directory=directory,
-                say=self._say,
+                **settings,
             )
         except BaseException:
             rendezvous.close()
@@ -171,13 +158,13 @@ class ReplicaRun(Callback):
                 f"{', '.join(gpus or sorted(hosts))}. Pass devices=2, say."
             )
         found = Devices(cluster, Hints.of(plan.placement), plan.seed, plan.microbatches)
-        return found if plan.cluster not in (None, "local") else found.shared_by(plan.replicas)
+        return found if plan.cluster not in (None, "local") else found.shared_by(plan.workers)
 
     def _launcher(self, directory: Path) -> Launcher:
         plan = self._plan
-        assert plan.replicas is not None
-        threads = max(1, torch.get_num_threads() // plan.replicas)
+        threads = max(1, torch.get_num_threads() // plan.workers)
         # On this machine there may be more processes than cores; who was lost may not have gone when the next comes.
+        assert plan.replicas is not None
         count = processes(plan.update, plan.replicas, plan.spares)
         return choose_launcher(
             plan.cluster,

@@ -15,6 +15,7 @@ from millrace.data.batches import Json
 from millrace.errors import CheckpointError, RunDirectoryError, SettingError
 from millrace.graph.graph import Graph
 from millrace.graph.training import training_graph
+from millrace.replicas.settings import Update
 from millrace.runtime.checkpoint import Checkpoints
 from millrace.train.callbacks import Callback
 from millrace.train.fit import fit
@@ -72,7 +73,7 @@ class Division:
     partitions: int = 1
     wire: str | None = None
     replicas: int | None = None
-    update: str = "sync"
+    update: str | Update = "sync"
     cluster: str | None = None
     chaos_s: float | None = None
     room_within_s: float = 30.0

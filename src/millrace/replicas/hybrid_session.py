@@ -1,0 +1,103 @@
+"""A session over parameter servers whose workers are groups of processes; see `grouped_pool` and `group_worker`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Unpack
+
+from torch import Tensor
+
+from millrace.graph.graph import Graph
+from millrace.replicas.grouped_pool import GroupedPool
+from millrace.replicas.hub import Hub
+from millrace.replicas.members_session import MembersSettings
+from millrace.replicas.open_step import OpenStep
+from millrace.replicas.rendezvous import Rendezvous
+from millrace.replicas.server_session import ServerSession
+from millrace.replicas.server_worker import FEED
+from millrace.replicas.settings import Hybrid
+from millrace.replicas.worker import VARIABLE
+from millrace.runtime.messages import Message
+
+
+class HybridSession(ServerSession):
+    """Runs steps in groups of replicas, which push to servers without waiting for each other.
+
+    A step is one batch, of which every replica of a group computes a slice.
+
+    Args: rendezvous: where the members of a group find each other; the session closes it. replicas: in each group. The
+        others are those of `ServerSession`.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        hub: Hub,
+        rendezvous: Rendezvous,
+        update: Hybrid,
+        *,
+        replicas: int,
+        spares: int = 1,
+        **settings: Unpack[MembersSettings],
+    ) -> None:
+        self._rendezvous = rendezvous
+        super().__init__(graph, hub, update, replicas=replicas, spares=spares, **settings)
+
+    def _new_pool(self) -> GroupedPool:
+        return GroupedPool(self._sizes)
+
+    def begin_again(self) -> None:
+        """See `RemoteSession.begin_again`."""
+        self._rendezvous.close()
+        self._rendezvous = Rendezvous(self._rendezvous.host)
+        super().begin_again()
+
+    def close(self) -> None:
+        """End the processes; what they hold of the variables goes with them."""
+        super().close()
+        self._rendezvous.close()
+
+    def _is_done(self, step: int, slices: Sequence[int]) -> None:
+        # To the pool a batch is one slice. Of a member that was lost after its group's push nothing may have come.
+        super()._is_done(step, sorted(self._open[step].results))
+
+    def _keep_results(self, step: OpenStep, message: Message) -> None:
+        if message.fields["generation"] != step.generation:
+            return  # of a group that was given up meanwhile
+        for slice_ in message.fields["slices"]:
+            prefix = f"{slice_}/"
+            found = {n.removeprefix(prefix): t for n, t in message.tensors.items() if n.startswith(prefix)}
+            step.results[slice_] = found
+
+    def _worker_settings(self) -> dict[str, Any]:
+        return {"store": asdict(self._rendezvous.address)}
+
+    def _tell(self, member: str, kind: str, fields: dict[str, Any]) -> None:
+        if kind == "form":
+            hosts = {self._hosts[name] for name in fields.pop("members")}
+            fields |= {"one_host": len(hosts) == 1, "timeout_s": self._within_s("step")}
+        super()._tell(member, kind, fields)
+
+    def _batch(self, member: str, fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        step = fields["step"]
+        wanted = self._open[step]
+        if wanted.generation != fields["generation"]:  # who takes part in it is told so at once
+            wanted.generation, wanted.results, wanted.given = fields["generation"], {}, self._kept.given()
+        parts = {slice_: wanted.parts[slice_] for slice_ in fields["slices"] if slice_ < len(wanted.parts)}
+        total = sum(size for _, _, size in wanted.parts)
+        for key, _, _ in parts.values():
+            self._load(member, key)
+        self._began_s[member] = time.monotonic()
+        fields |= {
+            "slices": list(parts),
+            "keys": [key for key, _, _ in parts.values()],
+            "numbers": [step * self._replicas + slice_ for slice_ in parts],  # of the streams of random numbers
+            "weights": [size / total for _, _, size in parts.values()],
+            "timeout_s": self._times.patience_s / 2,
+        }
+        tensors = {
+            f"{slice_}/{FEED}{name}": feed for slice_, (_, feeds, _) in parts.items() for name, feed in feeds.items()
+        }
+        return fields, tensors | {VARIABLE + name: value for name, value in wanted.given.items()}
