@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.graph.step_models import MODELS, batch_of, step_graph
+from tests.replicas.real_session import session_over
 from torch import Tensor
 
 from millrace.graph.graph import TRAIN, Graph
@@ -102,3 +105,27 @@ def test_one_worker_that_has_all_slices_is_as_good_as_several() -> None:
         outer_step([alone], [alone.compute(slices)])
     for name, value in both[0].variables.items():
         torch.testing.assert_close(alone.variables[name], value, rtol=1e-9, atol=1e-9)
+
+
+def test_a_slice_without_weight_counts_steps_and_moves_nothing() -> None:
+    """A worker that has no examples of its own trains on another's, so that its counters stay those of all."""
+    graph, rule = step_graph("dropout", "adamw"), LocalSteps(every=2)
+    busy, idle = local_replica(graph, rule), local_replica(graph, rule)
+    (one,) = slices_of("numbers", 1, 2, 0)
+    outer_step([busy, idle], [busy.compute([one]), idle.compute([replace(one, number=1, weight=0.0)])])
+    for variable in graph.variables:
+        name, ours, theirs = variable.name, idle.variables[variable.name], busy.variables[variable.name]
+        if variable.role in (Role.PARAMETER, Role.RANDOM) or not ours.dim():
+            assert torch.equal(ours, theirs), name
+    steps = [name for name in idle.variables if name.endswith("/step")]
+    assert steps
+    assert all(float(idle.variables[name]) == 2 for name in steps)
+
+
+def test_idle_replicas_are_given_what_another_has() -> None:
+    graph = step_graph("mlp", "adamw")
+    with session_over(graph, LocalSteps(every=2), 2) as session:
+        (losses,) = session.run_steps(["loss", TRAIN], [batch_of("numbers", 1, step) for step in range(2)])[:1]
+        assert losses.shape == (2,)
+        busy, idle = session._slices
+        assert idle.batches == busy.batches

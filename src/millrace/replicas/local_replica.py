@@ -67,6 +67,8 @@ class LocalReplica:
     def compute(self, slices: Sequence[Slice], begin: Callable[[Sequence[Tensor]], None] | None = None) -> Computed:
         """Train on the batches of each slice, from the same variables. Fetches are stacked along a new first axis.
 
+        What a slice of weight 0 trains on changes only what is the worker's own: its optimizer's slots.
+
         Args: begin: nothing is given early, as all is changed until the last step.
         Raises: WorkerError for a program that was not loaded; what the step itself raises.
         """
@@ -89,8 +91,6 @@ class LocalReplica:
         return self._roles[name] in (Role.PARAMETER, Role.BUFFER)
 
     def _train(self, one: Slice) -> dict[str, Tensor]:
-        if not one.weight:
-            return {}
         if one.key not in self._programs:
             raise WorkerError(f"program {one.key} was not given to this worker before a slice that needs it.")
         session = self._programs[one.key]

@@ -30,7 +30,8 @@ class Slice:
     """A slice of a batch, as a worker gets it.
 
     number: in the batch. key: of its program. weight: its share of the batch's examples. batches: its feeds, of one
-    batch after the other where a step has several; with a weight of 0 it has no examples.
+    batch after the other where a step has several; with a weight of 0 it has no examples, or some
+    that are not to count.
     """
 
     number: int

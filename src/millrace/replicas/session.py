@@ -166,7 +166,9 @@ class ReplicatedSession(MembersSession):
             self._slice([[part[index] for part in batch] for batch in parts]) for index in range(len(sizes))
         ]
         # Where there are fewer examples than replicas, some of these have nothing to do; they need a program even so.
-        self._slices += [_Slice(self._slices[0].key, ())] * (self.replicas - len(sizes))
+        # Under local steps they train on what another has, with no weight, so that what counts steps stays the same.
+        idle = self._slices[0] if self._rule else _Slice(self._slices[0].key, ())
+        self._slices += [idle] * (self.replicas - len(sizes))
         self._batches = len(read)
         weights = [float(size) for size in sizes] + [0.0] * (self.replicas - len(sizes))
         began_s = time.monotonic()
