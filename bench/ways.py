@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import millrace
 from millrace.optim.optimizer import Optimizer
-from millrace.replicas.settings import Async, LocalSteps, Sync
+from millrace.replicas.settings import Async, Hybrid, LocalSteps, Sync
 from millrace.train.callbacks import Callback, RunView
 
 BATCH = 96
@@ -67,6 +67,8 @@ def ways(replicas: int) -> dict[str, Way]:
         "async, every 4, adagrad": Way(
             adagrad, {"replicas": replicas, "update": Async(**servers, fetch_every=4, push_every=4)}
         ),
+        "async, overlap, adagrad": Way(adagrad, {"replicas": replicas, "update": Async(**servers, overlap=True)}),
+        "hybrid, groups of 2, adagrad": Way(adagrad, {"replicas": 2, "update": Hybrid(**servers, groups=replicas)}),
         "local steps, every 10": Way(
             adam,
             {"replicas": replicas, "update": LocalSteps(every=10, learning_rate=1.0, momentum=0.5)},

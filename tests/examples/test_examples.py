@@ -228,3 +228,11 @@ def test_a_table_on_servers_learns_by_the_rows_that_batches_name(tmp_path: Path)
     found = re.search(r"accuracy ([\d.]+) over 30 topics, the most frequent of which makes up ([\d.]+)", done.stdout)
     assert found is not None
     assert float(found[1]) > 2.5 * float(found[2])
+
+
+def test_groups_that_do_not_wait_for_each_other_learn(tmp_path: Path) -> None:
+    printed = output("hybrid_groups.py", cwd=tmp_path)
+    found = re.search(r"accuracy ([\d.]+); between a group's fetch and its update came ([\d.]+) others", printed)
+    assert found is not None
+    assert float(found[1]) > 0.88
+    assert float(found[2]) > 0.0
