@@ -225,6 +225,23 @@ def test_a_member_that_cannot_start_is_lost_with_the_reason(tmp_path: Path) -> N
     assert (open_files(), threading.active_count()) == (files, threads)
 
 
+def test_a_member_of_another_version_is_lost_with_both_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(HERE))
+    refused: list[str] = []
+    launcher = ProcessLauncher(MEMBER, ["--imports", "other_version"], 1, tmp_path)
+    with contextlib.closing(Hub(launcher, TOKEN, tmp_path, refused.append)) as hub:
+        hub.start(1)
+        event = hub.next(START_S)
+    assert isinstance(event, Lost)
+    for text in (event.why, *refused):
+        assert __version__ in text
+        assert "99.0" in text
+        assert "install the same version on all machines of a run" in text
+    assert len(refused) == 1
+
+
 def test_a_member_that_does_not_start_in_time_is_lost_and_closing_leaves_nothing(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
