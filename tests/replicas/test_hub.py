@@ -23,6 +23,7 @@ from millrace.replicas.member import environment
 from millrace.runtime.handshake import dial, listen, new_token
 from millrace.runtime.launch import ProcessLauncher
 from millrace.runtime.messages import Message, receive, send
+from millrace.version import __version__
 
 START_S = 60.0  # on a busy machine
 TOKEN = new_token()
