@@ -32,7 +32,8 @@ class Keeper:
 
         Returns: how it ended, and the last line of its standard error.
         """
-        with tempfile.TemporaryDirectory(prefix="millrace-") as directory:
+        # In that of a Ray that a driver has started for itself, it goes with that, also when all is killed.
+        with tempfile.TemporaryDirectory(prefix="millrace-", dir=os.environ.get("RAY_TMPDIR")) as directory:
             log = Path(directory, f"{name}.log")
             with self._lock, open(log, "wb") as errors:
                 child = self._child = start_module(

@@ -6,7 +6,6 @@ staleness.json     of a run over parameter servers: how many updates had each st
 from __future__ import annotations
 
 import random
-import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -29,6 +28,7 @@ from millrace.replicas.settings import Async, Hybrid, LocalSteps, Sync, Travel, 
 from millrace.runtime.choose_launcher import choose_launcher
 from millrace.runtime.handshake import new_token
 from millrace.runtime.launch import Launcher
+from millrace.runtime.scratch import ScratchDirectory
 from millrace.train.callbacks import Callback, RunView
 from millrace.train.devices import cluster_of
 from millrace.train.plan import Plan
@@ -53,8 +53,7 @@ class ReplicaRun(Callback):
         Raises: SettingError for a step that cannot be trained so.
         """
         update = update_of(self._plan.update)
-        # Short, as the paths of sockets must be, and only this user may enter it.
-        directory = tempfile.TemporaryDirectory(prefix="millrace-")
+        directory = ScratchDirectory()
         path = Path(directory.name)
         launcher = self._launcher(path)
         hub = Hub(launcher, new_token(), path, self._say)
@@ -107,7 +106,7 @@ class ReplicaRun(Callback):
         graph: Graph,
         hub: Hub,
         where: str | None,
-        directory: tempfile.TemporaryDirectory[str],
+        directory: ScratchDirectory,
     ) -> ReplicatedSession | ServerSession:
         plan = self._plan
         assert plan.replicas is not None
