@@ -13,6 +13,7 @@
     │   └── DamagedCheckpointError  a file of it is missing, truncated or altered: an older one can still serve
     ├── DataError             a data set is empty, ends early, or holds something unreadable
     ├── StepError             a step failed while it ran (an operator refused its inputs): names the node and the line
+    │   └── OutOfMemoryError      a process had too little memory for it
     ├── NonFiniteError        a value became NaN or infinite; names the first node that made it
     ├── RunDirectoryError     a run directory is in use, or holds something else
     └── SettingError          a setting has the wrong name or type
@@ -80,6 +81,10 @@ class DataError(MillraceError, ValueError):
 
 class StepError(MillraceError, RuntimeError):
     """A step failed while it ran; the message names the node, the module and the user's line."""
+
+
+class OutOfMemoryError(StepError):
+    """A process had too little memory for its part of a step."""
 
 
 class NonFiniteError(MillraceError, ArithmeticError):

@@ -24,7 +24,7 @@ from millrace.train.run_directory import RunDirectory
 
 DRIVER = Path(__file__).with_name("driver_to_kill.py")
 MARK = "MILLRACE_TEST_MARK"
-START_S = 60.0
+START_S = 150.0  # a Ray on a busy machine
 
 
 def marked(mark: str) -> list[int]:
@@ -57,9 +57,8 @@ def driver(directory: Path, update: str, *cluster: str) -> Iterator[tuple[subpro
     """A driver that has begun, its mark, and where all its processes put their temporary files."""
     mark = secrets.token_hex(16)
     temporary = Path(tempfile.mkdtemp(prefix="mr-", dir="/tmp"))
-    variables = {
-        MARK: mark, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }  # fmt: skip
+    paths = os.pathsep.join(filter(None, sys.path))
+    variables = {MARK: mark, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     with open(directory.with_suffix(".log"), "wb") as log:
         process = subprocess.Popen(
             [sys.executable, str(DRIVER), str(directory), update, *cluster],

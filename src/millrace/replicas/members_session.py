@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from tempfile import TemporaryDirectory
 from typing import Any, TypedDict
@@ -16,7 +16,15 @@ from torch import Tensor
 
 from millrace import errors
 from millrace.compile.tiered import Say
-from millrace.errors import FetchError, MillraceError, StepError, VariablesLostError, WorkerError, did_you_mean
+from millrace.errors import (
+    FetchError,
+    MillraceError,
+    OutOfMemoryError,
+    StepError,
+    VariablesLostError,
+    WorkerError,
+    did_you_mean,
+)
 from millrace.graph.graph import TRAIN, Graph
 from millrace.replicas import hub as hub_events
 from millrace.replicas.divided import Devices, Placer
@@ -46,6 +54,7 @@ from millrace.runtime.remote_session import RemoteSession
 log = logging.getLogger(__name__)
 
 _TURN_S = 1.0
+_MOST_FAILURES = 3  # in one step, of processes that others can replace; then the step is at fault
 _STORIES = 200  # kept for errors
 _STORIES_TOLD = 12
 
@@ -106,6 +115,7 @@ class MembersSession(RemoteSession):
         self._hosts: dict[str, str] = {}  # the machine of every member that there was
         self._given: dict[str, set[int]] = {}  # which programs each worker has
         self._beside: dict[tuple[str, str], Message] = {}  # the newest message of each member and kind
+        self._failures: Counter[int] = Counter()  # of the step, by number, in members who were replaced then
         self._failure = ""
 
     def close(self) -> None:
@@ -118,7 +128,7 @@ class MembersSession(RemoteSession):
     def begin_again(self) -> None:
         """See `RemoteSession.begin_again`."""
         self._hub.clear("the run begins again")
-        for forgotten in (self._hosts, self._given, self._beside):
+        for forgotten in (self._hosts, self._given, self._beside, self._failures):
             forgotten.clear()
         self._stale, self._failure = False, ""
         self._start()
@@ -208,7 +218,7 @@ class MembersSession(RemoteSession):
                 self._decide(Joined(member))
             case hub_events.Lost(member, why):
                 if self._given.pop(member, None) is not None:  # not one that stood by, or was not needed any more
-                    self._say(f"worker {member} was lost{self._when()}: {why}")
+                    self._say(f"worker {member} was lost{self._when(member)}: {why}")
                 self._decide(Lost(member, why))
             case hub_events.Said(member, message):
                 if message.kind == "error":
@@ -218,8 +228,18 @@ class MembersSession(RemoteSession):
                     self._decide(Said(member, message.kind, message.fields))
         return event is not None
 
-    def _when(self) -> str:
-        return ""
+    @property
+    def _holders(self) -> int:
+        """How many workers may end before variables are lost."""
+        return _MOST_FAILURES
+
+    def _step_of(self, member: str) -> int | None:
+        """The step that a member works at, from 1."""
+        return None
+
+    def _when(self, member: str) -> str:
+        step = self._step_of(member)
+        return "" if step is None else f", step {step}"
 
     def _load(self, member: str, key: int) -> None:
         """Have a worker make a program ready, unless it has it."""
@@ -230,13 +250,22 @@ class MembersSession(RemoteSession):
 
     def _failed_in(self, member: str, message: Message) -> None:
         who = f"worker {member}" if member in self._given else member
-        text = f"{who}{self._when()}: {message.fields['text']}"
+        text = f"{who}{self._when(member)}: {message.fields['text']}"
         self.stories.append(text)
-        if self._drop_failing or message.fields["type"] == WorkerError.__name__:  # of others, not of the user's code
-            self._say(f"{text}\nIt is replaced.")  # its process ends, which is a loss like any other
-            return
-        self._failure = text
         kind: type[MillraceError] = getattr(errors, message.fields["type"], StepError)
+        step = self._step_of(member) or 0
+        # Its process ends, which is a loss like any other.
+        if kind is WorkerError:  # of others, not of the user's code
+            self._say(f"{text}\nIt is replaced.")
+            return
+        self._failures[step] += 1
+        may_pass = self._drop_failing or kind is OutOfMemoryError  # another process may have more
+        if may_pass and self._failures[step] < min(_MOST_FAILURES, self._holders):
+            self._say(f"{text}\nIt is replaced.")
+            return
+        if may_pass:
+            text += f"\n  {self._failures[step]} processes have failed in this step; no more are tried."
+        self._failure = text
         raise kind(text)
 
     def _carry_out(self, commands: Iterable[DriverCommand | PoolCommand]) -> None:

@@ -14,7 +14,7 @@ from millrace.graph.passes.fetched_rows import fetched_rows
 from millrace.graph.passes.halves import Halves, halves
 from millrace.graph.passes.microbatch import microbatch
 from millrace.graph.save import graph_bytes
-from millrace.runtime.feeds import FeedReader, Key
+from millrace.runtime.feeds import Batch, FeedReader, Key
 
 INDICES, PIECES = "indices", "pieces"  # name what is beside a program
 
@@ -70,7 +70,7 @@ class Programs:
 
     def _traced(self, retrace: Callable[[Any], Graph], feeds: Sequence[Tensor]) -> Graph:
         try:
-            return retrace(self._reader.nest(self._reader.read(tuple(feeds))))
+            return retrace(self._reader.nest(Batch(list(feeds), list(feeds))))
         except (MillraceError, RuntimeError, ValueError, IndexError, TypeError) as error:
             shapes = ", ".join(f"{feed.dtype} {list(feed.shape)}" for feed in feeds)
             notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))

@@ -279,6 +279,10 @@ class ServerSession(MembersSession):
             assert isinstance(command, AllRead | AllWritten)
             self._answers.append(command)
 
+    def _step_of(self, member: str) -> int | None:
+        known = self._pool.members.get(member)
+        return known.work[0] + 1 if known and known.work else None
+
     def _keep(self, member: str, message: Message) -> None:
         fields = message.fields
         if message.kind == "read":

@@ -229,8 +229,12 @@ class ReplicatedSession(MembersSession):
     def _keep(self, member: str, message: Message) -> None:
         self._beside[member, "results" if "tier" in message.fields else message.kind] = message
 
-    def _when(self) -> str:
-        return f", step {self._step}"
+    @property
+    def _holders(self) -> int:
+        return self.replicas
+
+    def _step_of(self, member: str) -> int | None:
+        return self._step
 
     def _tell(self, member: str, kind: str, fields: dict[str, Any]) -> None:
         tensors: dict[str, Tensor] = {}

@@ -20,16 +20,20 @@ import torch
 from torch import Tensor
 
 from millrace.child_process import end_with
-from millrace.errors import MillraceError, WorkerError
+from millrace.errors import MillraceError, OutOfMemoryError, WorkerError
 from millrace.partition.files import load_program
 from millrace.partition.program import DeviceProgram, Edge, Instruction, Run
 from millrace.runtime.device import DeviceRunner
 from millrace.runtime.messages import Message, receive, send
+from millrace.runtime.out_of_memory import is_out_of_memory
 from millrace.runtime.transport.base import Transport
 from millrace.runtime.transport.choose import Meeting, connect
 
 Connect = Callable[[str, Sequence[Edge], Meeting], Transport]
 _LIBRARIES_BYTES = 128 * 2**20  # of scratch that kernels, threads and loaded programs take beside the tensors
+_LESS_MEMORY = (
+    "  Put less on it (a smaller batch, more replicas or microbatches, another placement), or let it have more memory."
+)
 _FOREVER_S = 10.0 * 365 * 86400  # the driver may think as long as it likes; when it ends, so does the worker
 
 
@@ -117,17 +121,10 @@ class DeviceWorker:
 def error_message(error: Exception) -> Message:
     """What a process answers when it could not do what it was told; `workers.answered_error` reads it."""
     known = type(error).__name__ if isinstance(error, MillraceError) else ""
-    return Message("error", {"type": known, "text": str(error) if known else _in_words(error)})
-
-
-def _in_words(error: Exception) -> str:
-    text = f"{type(error).__name__}: {error}"
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return (
-            f"it ran out of memory ({text.splitlines()[0]}). Put less on it (another placement, more microbatches, a "
-            "smaller batch), or let it have more; then make the session anew and restore the last checkpoint."
-        )
-    return text
+    text = str(error) if known else f"{type(error).__name__}: {error}"
+    if is_out_of_memory(error):
+        known, text = OutOfMemoryError.__name__, f"it ran out of memory: {text}\n{_LESS_MEMORY}"
+    return Message("error", {"type": known, "text": text})
 
 
 def _begin(start: Mapping[str, Any]) -> DeviceWorker:

@@ -15,6 +15,7 @@ from millrace.fork_server import fork_module
 
 _END_TIMEOUT_S = 10.0
 _TAIL_BYTES = 4096
+_SHORT_OF_MEMORY = "the system has been ending processes for lack of memory: use a smaller batch, or fewer processes"
 
 
 class Launcher(Protocol):
@@ -72,6 +73,8 @@ class ProcessLauncher:
         self._threads = threads
         self._directory = directory
         self._children: dict[str, Child] = {}
+        self._killed: set[str] = set()
+        self._system_kills = system_kills()
 
     def start(self, name: str, environment: Mapping[str, str]) -> None:
         """See `Launcher.start`."""
@@ -89,11 +92,16 @@ class ProcessLauncher:
 
     def kill(self, name: str) -> None:
         """See `Launcher.kill`."""
+        self._killed.add(name)
         kill_group(self._children[name])
 
     def exit_of(self, name: str) -> str | None:
         """See `Launcher.exit_of`."""
-        return exit_of(self._children[name])
+        how = exit_of(self._children[name])
+        if how is not None and how.endswith("SIGKILL") and name not in self._killed:
+            kills = system_kills() - self._system_kills
+            how += f" ({_SHORT_OF_MEMORY})" if kills else ""
+        return how
 
     def last_words(self, name: str) -> str:
         """See `Launcher.last_words`."""
@@ -147,3 +155,12 @@ def last_line(log: Path) -> str:
     except FileNotFoundError:
         return ""
     return lines[-1] if lines else ""
+
+
+def system_kills() -> int:
+    """How many processes this machine has ended so far for lack of memory (Linux; elsewhere 0)."""
+    try:
+        with open("/proc/vmstat") as counts:
+            return next((int(line.split()[1]) for line in counts if line.startswith("oom_kill ")), 0)
+    except OSError:
+        return 0

@@ -14,12 +14,3 @@ def is_out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
-
-
-def system_kills() -> int:
-    """How many processes this machine has ended so far for lack of memory (Linux; elsewhere 0)."""
-    try:
-        with open("/proc/vmstat") as counts:
-            return next((int(line.split()[1]) for line in counts if line.startswith("oom_kill ")), 0)
-    except OSError:
-        return 0

@@ -17,8 +17,10 @@ from torch.fx import Interpreter, Node
 from millrace.errors import StepError
 from millrace.graph.graph import Graph, info
 from millrace.runtime.aliasing import Memory
+from millrace.runtime.out_of_memory import is_out_of_memory
 
 See = Callable[[str, Tensor], None]
+_USUAL_CAUSES = "\n  Usual causes: labels or indices out of range, or a batch unlike the first one."
 
 
 @dataclass(frozen=True)
@@ -145,10 +147,8 @@ def explained(error: Exception, graph: Graph, variables: Sequence[Tensor], feeds
     where = failing_node(graph, variables, feeds)
     if where is None:
         return None
-    return StepError(
-        f"the step failed at {where}.\n  PyTorch said: {error}\n"
-        "  Usual causes: labels or indices out of range, or a batch unlike the first one."
-    )
+    causes = "" if is_out_of_memory(error) else _USUAL_CAUSES
+    return StepError(f"the step failed at {where}.\n  PyTorch said: {error}{causes}")
 
 
 def describe(node: Node) -> str:
