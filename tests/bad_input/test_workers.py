@@ -215,7 +215,7 @@ class Kills(millrace.Callback):
     def _is_worker(entry: Path) -> bool:
         try:
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            return parent == os.getpid() and b"device_worker" in (entry / "cmdline").read_bytes()
+            return parent == os.getpid() and "device_worker" in (entry / "comm").read_text()
         except (OSError, ValueError):
             return False
 

@@ -101,9 +101,7 @@ def test_a_step_that_fails_in_every_process_ends_the_run(update: Any, faults: Pa
     with session_over(graph_of(), update, 2, spares=1, **settings) as session:
         losses(session, 1)
         add(faults, "raise", 40)
-        with pytest.raises(
-            StepError, match=r"(?s)the step failed at .* \d processes have failed in this step"
-        ):
+        with pytest.raises(StepError, match=r"(?s)the step failed at .* \d processes have failed in this step"):
             losses(session, 1)
 
 

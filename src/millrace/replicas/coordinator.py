@@ -112,6 +112,12 @@ class Coordinator:
         self.read_wanted = False
         self._commands: list[DriverCommand] = []
 
+    @property
+    def complete(self) -> bool:
+        """Whether all workers are in the group, and all spares there."""
+        spares = sum(member.doing == SPARE for member in self.members.values())
+        return len(self.group) == self.seats and spares == self.spares and not self._workers(FREE, ROLE, FORM, ABANDON)
+
     def start(self) -> list[DriverCommand]:
         """What to do before the first event."""
         self._settle()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from millrace.child_process import end_with
+from millrace.child_process import end_with, show_as
 from millrace.errors import SettingError, did_you_mean
 from millrace.replicas.line import Line
 from millrace.replicas.roles import ROLES
@@ -45,6 +45,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--memory-bytes", type=int)
     asked = parser.parse_args(arguments)
     end_with(asked.parent)
+    show_as(f"millrace {asked.name}")
     for module in asked.imports:
         importlib.import_module(module)
     torch.ones(64, 64).matmul(torch.ones(64, 64))  # the first product starts threads

@@ -152,6 +152,11 @@ class MembersSession(RemoteSession):
         """All processes that have joined and are not known to be lost, those that stand by among them."""
         return self._hub.members
 
+    @property
+    @abc.abstractmethod
+    def complete(self) -> bool:
+        """Whether everybody who is to be there has joined and does what it is to do."""
+
     # -- running -------------------------------------------------------------------------------------------------
 
     def run(self, fetches: str | Sequence[str], feed: Any = None) -> Any:

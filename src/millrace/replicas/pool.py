@@ -112,6 +112,13 @@ class Pool:
         """For how many batches there are workers now."""
         return len(self._eligible()) - len(self.queue) if self._all_up() and not self.flushing else 0
 
+    @property
+    def complete(self) -> bool:
+        """Whether all shards, their copies, workers and spares are there and ready."""
+        copied = all(place.copy_state == FOLLOWING for place in self.places) or not self.sizes.copies
+        workers = len(self._of(FREE, WORK, FLUSH)) == self.sizes.workers
+        return self._all_up() and copied and workers and len(self._of(SPARE)) == self.sizes.spares
+
     def start(self) -> list[PoolCommand]:
         """What to do before the first event."""
         self._settle()

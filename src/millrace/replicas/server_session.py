@@ -166,6 +166,21 @@ class ServerSession(MembersSession):
         return self._pool.repeats
 
     @property
+    def complete(self) -> bool:
+        """See `MembersSession.complete`."""
+        return self._pool.complete
+
+    @property
+    def holders(self) -> tuple[str, ...]:
+        """The processes that hold the variables, by shard."""
+        return tuple(place.holder for place in self._pool.places)
+
+    @property
+    def copy_holders(self) -> tuple[str, ...]:
+        """The processes that hold the copies, by shard; "" for none."""
+        return tuple(place.copy for place in self._pool.places)
+
+    @property
     def dropped(self) -> int:
         """How many pushes came too late to count (of backup workers)."""
         return self._pool.dropped

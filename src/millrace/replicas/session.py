@@ -90,6 +90,8 @@ class ReplicatedSession(MembersSession):
         self._batches = 1  # in a step
         self._answers: list[StepDone | VariablesRead] = []
         self._tiers: set[str] = set()
+        self._handed_out = (0, 0)  # the last step, and to which generation
+        self.repeats = 0  # steps that were begun again
         self._start()
 
     def _start(self) -> None:
@@ -230,6 +232,11 @@ class ReplicatedSession(MembersSession):
         self._beside[member, "results" if "tier" in message.fields else message.kind] = message
 
     @property
+    def complete(self) -> bool:
+        """See `MembersSession.complete`."""
+        return self._coordinator.complete
+
+    @property
     def _holders(self) -> int:
         return self.replicas
 
@@ -246,6 +253,9 @@ class ReplicatedSession(MembersSession):
             fields |= {"store": asdict(self._rendezvous.address), "rule": asdict(self._rule) if self._rule else None}
             tensors = {GRAPH: self._shared} | self._variables_for(fields["committed"])
         elif kind == "step":
+            handed_out = (fields["step"], fields["generation"])
+            self.repeats += self._handed_out[0] == handed_out[0] and self._handed_out != handed_out
+            self._handed_out = handed_out
             own = {number: self._slices[number] for number in fields["slices"]}
             fields |= {"keys": {str(number): one.key for number, one in own.items()}, "batches": self._batches}
             tensors = {

@@ -90,8 +90,9 @@ def fit(
             or an address for Ray. room_within_s: how long Ray may take to find room for all. spares: how many more
             stand by. patience_s: how long one may show no progress (None:
             from the measured steps). drop_failing: replace a process in which the step failed, instead of ending with
-            its error. chaos_s: kill one every so many seconds, to see that nothing is lost. Of a run over servers the
-            run directory also has staleness.json. See docs/replicas.md.
+            its error. imports: modules that they import first, for operators of your own. chaos_s: kill one every so
+            many seconds, to see that nothing is lost. Of a run over servers the run directory also has
+            staleness.json. See docs/replicas.md.
         steps_per_call: run this many steps in one compiled call (for small models).
         seed: of the data's order and of the step's random numbers (not of the model's initial weights).
         evaluate_every, checkpoint_every: in steps; by default at the end of every epoch.

@@ -45,6 +45,7 @@ class PlanSettings(TypedDict, total=False):
     chaos_s: float | None
     patience_s: float | None
     drop_failing: bool
+    imports: Sequence[str]
     compile: str
     steps_per_call: int
     seed: int
@@ -95,6 +96,7 @@ class Plan:
     chaos_s: float | None = None
     patience_s: float | None = None
     drop_failing: bool = False
+    imports: Sequence[str] = ()
     compile: str = "tiered"
     steps_per_call: int = 1
     seed: int = 0
@@ -181,6 +183,8 @@ class Plan:
             refused = {"time_chunks": self.time_chunks > 1, "local steps": isinstance(update, LocalSteps)}
             for what in [name for name, is_so in refused.items() if is_so]:
                 raise SettingError(f"{what} in replicas=… of several devices each is not possible: leave one out.")
+        if isinstance(self.imports, str) or not all(isinstance(name, str) for name in self.imports):
+            raise SettingError(f"imports={self.imports!r}: expected names of modules, such as ['my_operators']")
         for name in ("patience_s", "chaos_s", "room_within_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -168,7 +168,7 @@ class ReplicaRun(Callback):
         return choose_launcher(
             plan.cluster,
             "millrace.replicas.member",
-            [],
+            ["--imports", *plan.imports],
             threads,
             directory,
             local_cpus=count + _MORE,
