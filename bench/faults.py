@@ -105,6 +105,7 @@ def measure(name: str, kinds: Sequence[str], directory: Path, given: argparse.Na
             line = {"name": f"faults, {name}, {kind}", "start_s": round(start_s, 2), "step_ms": round(1e3 / healthy, 2)}
             print(json.dumps({**line, **told(run, first), "computed_again": run.again() - again}), flush=True)
     finally:
+        run.steps_of.close()  # which finishes what is in flight
         run.session.close()
 
 

@@ -11,7 +11,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ class FaultyRun:
 
     session: Session
     launcher: Launcher
-    steps_of: Iterator[Any]
+    steps_of: Generator[Any, None, None]
     faults: list[Fault] = field(default_factory=list)
     steps: int = 0
     last_s: float = 0.0

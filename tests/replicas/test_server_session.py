@@ -16,7 +16,7 @@ from tests.replicas.real_session import EXAMPLES, pid_of, session_over, train, v
 from torch import Tensor, nn
 
 import millrace
-from millrace.errors import FeedError, FetchError, SettingError
+from millrace.errors import FeedError, FetchError, SettingError, WorkerError
 from millrace.graph.graph import TRAIN, Graph
 from millrace.graph.passes.halves import halves
 from millrace.graph.training import training_graph
@@ -236,3 +236,13 @@ def test_more_servers_than_parameters_are_refused() -> None:
         session_over(step_graph("mlp", "sgd"), Async(parameter_servers=9), 1),
     ):
         pass
+
+
+def test_what_is_left_of_a_stream_does_not_wait_for_a_session_that_is_closed() -> None:
+    line = Line()
+    with session_over(line.graph(), Async(copies=False), 1) as session:
+        found = session.stream([TRAIN, "loss"], (line.batch() for _ in range(100)))
+        next(found)
+    found.close()
+    with pytest.raises(WorkerError, match="this session is closed"):
+        list(session.stream([TRAIN, "loss"], [line.batch()]))

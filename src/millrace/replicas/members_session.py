@@ -216,6 +216,8 @@ class MembersSession(RemoteSession):
         """
         if self._failure:
             raise WorkerError(f"this session has failed before: {self._failure}")
+        if self.closed:
+            raise WorkerError("this session is closed: make another one.")
         event = self._hub.next(within_s)
         match event:
             case hub_events.Joined(member, host=host):

@@ -271,7 +271,7 @@ class ServerSession(MembersSession):
 
     def _settle(self) -> None:
         """Wait until nothing is in flight. What comes of it is for nobody."""
-        while self._open and not self._failure:
+        while self._open and not self._failure and not self.closed:
             if self._done:
                 del self._open[self._done.popleft()]
             else:
