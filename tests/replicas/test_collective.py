@@ -6,6 +6,8 @@ import contextlib
 import json
 import math
 import os
+import random
+import re
 import select
 import signal
 import socket
@@ -102,15 +104,27 @@ class Team:
         assert select.select([self._program.stdout], [], [], limit_s)[0], "no answer"
         return json.loads(self._program.stdout.readline())
 
+    def retire(self, process: Process) -> None:
+        """It is in no group any more, and ends with the others."""
+        self.others.append(process)
+        process.hang_up()
+
     def join(self, kind: str, size: int, timeout_s: float = 30.0, **more: Any) -> list[float]:
-        self.generation += 1
+        self.tell_to_join(kind, size, timeout_s=timeout_s, **more)
+        return [process.hear()["answer"] for process in self.processes[:size]]
+
+    def tell_to_join(
+        self, kind: str, size: int, *, among: Sequence[Process] = (), again: bool = False, **more: Any
+    ) -> None:
+        """Tell the ranks, or some of them, to form the next generation; again: the last one."""
+        self.generation += not again
         if kind == "shared":
             more.setdefault("chunk_bytes", 1 << 17)  # so that there are more rounds than slots
         where = self.rendezvous.address
         for rank, process in enumerate(self.processes[:size]):
-            more.update(generation=self.generation, rank=rank, size=size, timeout_s=timeout_s)
-            process.tell(call="join", kind=kind, address=[where.host, where.port, where.prefix], **more)
-        return [process.hear()["answer"] for process in self.processes[:size]]
+            if process in among or not among:
+                more.update(generation=self.generation, rank=rank, size=size)
+                process.tell(call="join", kind=kind, address=[where.host, where.port, where.prefix], **more)
 
     def all(self, size: int, call: str, **arguments: Any) -> list[Any]:
         for process in self.processes[:size]:
@@ -274,6 +288,60 @@ def test_survivors_of_a_lost_rank_form_the_next_generation(
         team.all(4, "close")
     finally:
         os.kill(victim.pid, signal.SIGKILL)  # the program that forked it has not taken note of its end: it is there
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_stopped_rank_that_goes_on_changes_no_bit_of_later_generations(place: int, team: Team) -> None:
+    """Stopped anywhere in a round of shared memory, also as the one whose memory it is; it goes on while others add."""
+    choices = random.Random(place)
+    team.join("shared", 4)
+    bits = [team.sums_are_right(4, seed, large=True, even=False) for seed in range(4)]
+    team.all(4, "close")
+    other = team.new_process()
+    for _ in range(5):
+        team.join("shared", 4, timeout_s=20.0, chunk_bytes=1 << choices.randint(12, 17))
+        for process in team.processes:
+            process.tell(call="reduce_on")
+        time.sleep(choices.uniform(0.0, 0.05))
+        stopped = team.processes[place]
+        os.kill(stopped.pid, signal.SIGSTOP)
+        try:
+            survivors_fail_when_told(team, [process for process in team.processes if process is not stopped])
+            team.processes[place], other = other, stopped
+            assert max(team.join("shared", 4)) < 2.0
+            for process in team.processes:
+                process.tell(call="reduce", seed=0, large=True, even=False)
+        finally:
+            os.kill(stopped.pid, signal.SIGCONT)
+        assert {process.hear()["answer"]["digest"] for process in team.processes} == {bits[0]}
+        assert [team.sums_are_right(4, seed, large=True, even=False) for seed in (1, 2, 3)] == bits[1:]
+        stopped.tell(abandon=True)
+        assert "abandoned while it waited" in stopped.hear(limit_s=HEARD_S)["message"]
+        team.all(4, "close")
+    team.retire(other)
+
+
+def test_a_rank_that_comes_late_does_not_open_the_memory_of_the_next_generation(team: Team) -> None:
+    """Rank 0 has that under the number of the one before, and the place that it told was of that."""
+    late, others = team.processes[3], team.processes[:3]
+    os.kill(late.pid, signal.SIGSTOP)
+    try:
+        team.tell_to_join("shared", 4, timeout_s=20.0)
+        time.sleep(0.3)
+        for process in others:
+            process.tell(abandon=True)
+        assert all("was abandoned" in process.hear(limit_s=HEARD_S)["message"] for process in others)
+        team.processes[3] = team.new_process()
+        team.tell_to_join("shared", 4, among=others, timeout_s=20.0)
+        time.sleep(0.3)  # rank 0 has its memory open, as one is missing
+    finally:
+        os.kill(late.pid, signal.SIGCONT)
+    assert re.search("found other memory|cannot open the memory", late.hear(limit_s=5.0)["message"])
+    team.tell_to_join("shared", 4, among=team.processes[3:], timeout_s=20.0, again=True)
+    assert all("answer" in process.hear() for process in team.processes)
+    team.sums_are_right(4, 3, even=False)
+    team.all(4, "close")
+    team.retire(late)
 
 
 @pytest.mark.parametrize("kind", KINDS)
