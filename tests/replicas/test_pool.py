@@ -10,7 +10,18 @@ from tests.replicas.small_pool import Scope, SmallPool
 
 from millrace.replicas.pool import Pool
 from millrace.replicas.pool_events import Done, FlushWanted, Kill, PoolCommand, Sizes, Wanted
-from millrace.replicas.protocol import Expect, Failed, Joined, Lost, ReadWanted, Said, StartMembers, Story, Tell
+from millrace.replicas.protocol import (
+    Expect,
+    Failed,
+    Joined,
+    Lost,
+    ReadWanted,
+    Resized,
+    Said,
+    StartMembers,
+    Story,
+    Tell,
+)
 
 
 class Driver:
@@ -114,6 +125,32 @@ def test_a_shard_lost_before_the_first_step_is_made_again() -> None:
     driver = Driver(Sizes(1, 1, copies=False))
     driver.hears(*(Joined(f"m{number}") for number in range(3)), Said("m0", "ready", {"address": "a0"}))
     assert told(driver.hears(Lost("m0", "killed")), "role")[0].member == "m2"
+
+
+def test_workers_that_are_too_many_finish_and_push_before_they_end() -> None:
+    driver = running(workers=3)
+    driver.hears(Wanted(0), Wanted(1), Wanted(2))
+    assert not [c for c in driver.hears(Resized(1)) if isinstance(c, Kill)]
+    assert Kill("m3", "it is not needed any more") in driver.hears(pushed("m3", 1))
+    idle = driver.hears(pushed("m4"))  # it has added up gradients and not pushed them
+    assert [c.member for c in told(idle, "flush")] == ["m4"]
+    flushed = Said("m4", "flushed", {"pushed": [(2, 0)], "versions": [2], "late": False})
+    ended = driver.hears(flushed)
+    assert Kill("m4", "it is not needed any more") in ended
+    assert Done(2, (0,)) in ended
+    driver.hears(pushed("m2", 0), Lost("m3", "killed"), Lost("m4", "killed"))
+    assert [c.member for c in told(driver.hears(Wanted(3), Wanted(4)), "batch")] == ["m2"]
+    assert not driver.pool.repeats
+
+
+def test_more_workers_are_started_and_given_the_role() -> None:
+    driver = running(workers=1)
+    count = driver.pool.sizes.spares
+    (start,) = (c for c in driver.hears(Resized(3)) if isinstance(c, StartMembers))
+    assert start.count + count >= 2
+    names = [f"m{3 + count + n}" for n in range(start.count)]
+    driver.hears(*(Joined(name) for name in names))
+    assert len(driver.pool._of("role", "free")) == 3
 
 
 def test_a_worker_whose_shard_is_silent_has_it_replaced() -> None:

@@ -246,3 +246,29 @@ def test_what_is_left_of_a_stream_does_not_wait_for_a_session_that_is_closed() -
     found.close()
     with pytest.raises(WorkerError, match="this session is closed"):
         list(session.stream([TRAIN, "loss"], [line.batch()]))
+
+
+@pytest.mark.parametrize("update", [Sync(parameter_servers=1), Async(push_every=2)])
+def test_workers_are_added_and_taken_away_while_it_runs(update: Sync | Async) -> None:
+    """A new one fetches from the servers; one that leaves pushes what it has."""
+    graph = step_graph("mlp", "adamw")
+    batches = [batch_of("numbers", EXAMPLES, step) for step in range(30)]
+
+    def take(session: ServerSession, first: int, last: int) -> list[float]:
+        return [float(found[1]) for found, _ in session.stream([TRAIN, "loss"], batches[first:last])]
+
+    with session_over(graph, update, 1) as session:
+        found = take(session, 0, 6)
+        session.resize(3)
+        until(session, lambda: session.complete)
+        assert len(session.workers) == 3
+        found += take(session, 6, 18)
+        session.resize(2)
+        found += take(session, 18, 30)
+        until(session, lambda: session.complete)
+        assert len(session.workers) == 2
+        assert session.repeats == 0
+        if isinstance(update, Sync):
+            whole = Session(graph, copy=True, compile="eager")
+            assert found == pytest.approx([float(whole.run([TRAIN, "loss"], batch)[1]) for batch in batches], rel=1e-9)
+        assert len(found) == 30

@@ -67,6 +67,9 @@ class GroupedPool(Pool):
         self.members |= {name: Member(ROLE) for name in self.groups}
         self.generation = -1
 
+    def _leaving(self) -> list[str]:
+        return []  # groups stay as many as they are
+
     # -- events ---------------------------------------------------------------------------------------------------
 
     def _lost(self, name: str, why: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
+from millrace.errors import SettingError
 from millrace.graph.graph import Graph
 from millrace.replicas.grouped_pool import GroupedPool
 from millrace.replicas.hub import Hub
@@ -53,6 +54,12 @@ class HybridSession(ServerSession):
         self._rendezvous.close()
         self._rendezvous = Rendezvous(self._rendezvous.host)
         super().begin_again()
+
+    def resize(self, replicas: int) -> None:
+        """Not possible: groups stay as many, and as large, as they are. Raises: SettingError."""
+        raise SettingError(
+            f"{replicas} replicas: groups keep their size while they run. Resume the run with as many."
+        )
 
     def close(self) -> None:
         """End the processes; what they hold of the variables goes with them."""

@@ -286,6 +286,7 @@ class MembersSession(RemoteSession):
                     self._given.pop(member, None)
                     self._hub.kill(member, "not needed any more")
                 case Kill(member, why):
+                    self._given.pop(member, None)
                     self._hub.kill(member, why)
                 case Expect(member, doing):
                     self._hub.expect(member, None if doing is None else self._within_s(doing))

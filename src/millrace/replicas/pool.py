@@ -28,7 +28,19 @@ from millrace.replicas.pool_events import (
     Wanted,
     WriteWanted,
 )
-from millrace.replicas.protocol import Expect, Failed, Fields, Joined, Lost, ReadWanted, Said, StartMembers, Story, Tell
+from millrace.replicas.protocol import (
+    Expect,
+    Failed,
+    Fields,
+    Joined,
+    Lost,
+    ReadWanted,
+    Resized,
+    Said,
+    StartMembers,
+    Story,
+    Tell,
+)
 
 Work: TypeAlias = tuple[int, int]  # step, slice
 
@@ -148,6 +160,9 @@ class Pool:
                 self._ask_all("read")
             case WriteWanted():
                 self._ask_all("write")
+            case Resized(workers):
+                self.sizes = replace(self.sizes, workers=workers)
+                self._story(f"{workers} workers from now on")
         self._settle()
         return self._taken()
 
@@ -294,6 +309,7 @@ class Pool:
         self._fill_places()
         self._fill_workers()
         self._start_missing()
+        self._dismiss()
         for shard, place in enumerate(self.places):
             if place.state == UP and place.copy_state == READY:
                 self.places[shard] = replace(place, copy_state=SENDING)
@@ -343,6 +359,20 @@ class Pool:
             self.starting += missing
             self._story(f"{missing} more members are started")
             self._commands.append(StartMembers(missing))
+
+    def _leaving(self) -> list[str]:
+        """Workers that are too many: those who came last."""
+        return self._of(*WORKERS)[self.sizes.workers :]
+
+    def _dismiss(self) -> None:
+        """Who is to leave finishes its batch and pushes what it has, and ends then."""
+        for name in self._leaving():
+            member = self.members[name]
+            if member.doing == FREE and member.holds:
+                self._tell(name, "flush")
+                self._set(name, replace(member, doing=FLUSH))
+            elif member.doing == FREE:
+                self._kill(name, "it is not needed any more")
 
     def _go_on_asking(self) -> None:
         """Ask every shard that can be asked; the next holder of one that was lost is asked again."""
@@ -406,8 +436,9 @@ class Pool:
 
     def _eligible(self) -> list[str]:
         """Free workers that the bound lets work, those first that have done least."""
-        slowest, bound = self._slowest(), self.sizes.bound
-        free = [n for n in self._of(FREE) if bound is None or self.members[n].clock - slowest <= bound]
+        slowest, bound, leaving = self._slowest(), self.sizes.bound, self._leaving()
+        staying = [name for name in self._of(FREE) if name not in leaving]
+        free = [n for n in staying if bound is None or self.members[n].clock - slowest <= bound]
         return sorted(free, key=lambda name: self.members[name].clock)
 
     def _slowest(self) -> int:

@@ -8,7 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from millrace.replicas.protocol import Expect, Failed, Joined, Lost, ReadWanted, Said, StartMembers, Story, Tell
+from millrace.replicas.protocol import (
+    Expect,
+    Failed,
+    Joined,
+    Lost,
+    ReadWanted,
+    Resized,
+    Said,
+    StartMembers,
+    Story,
+    Tell,
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ class WriteWanted:
     """Every shard is to be given values by the driver. Nothing is in flight."""
 
 
-PoolEvent: TypeAlias = Joined | Lost | Said | Wanted | FlushWanted | ReadWanted | WriteWanted
+PoolEvent: TypeAlias = Joined | Lost | Said | Wanted | FlushWanted | ReadWanted | WriteWanted | Resized
 
 
 @dataclass(frozen=True)

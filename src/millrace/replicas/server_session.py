@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
@@ -36,7 +37,7 @@ from millrace.replicas.pool_events import (
     WriteWanted,
 )
 from millrace.replicas.programs import Programs
-from millrace.replicas.protocol import DriverCommand, ReadWanted
+from millrace.replicas.protocol import DriverCommand, ReadWanted, Resized
 from millrace.replicas.row_plan import row_plan
 from millrace.replicas.server_worker import FEED, FETCH
 from millrace.replicas.settings import Async, Hybrid, Sync
@@ -164,6 +165,13 @@ class ServerSession(MembersSession):
     def repeats(self) -> int:
         """How many batches or slices were given out again, as their worker was lost."""
         return self._pool.repeats
+
+    def resize(self, replicas: int) -> None:
+        """From now on have so many workers (sync: and slices, from the next step on). More are started and fetch the
+        variables from the servers, or the last ones end when they have pushed what they are at."""
+        backup = self._update.backup if isinstance(self._update, Sync) else 0
+        self._replicas, self._sizes = replicas, replace(self._sizes, workers=replicas + backup)
+        self._decide(Resized(replicas + backup))
 
     @property
     def complete(self) -> bool:
