@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,13 +24,16 @@ def loss(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(net(batch[0]), batch[1])
 
 
-def trained(steps: int, dtype: torch.dtype = torch.float32, **settings: Any) -> dict[str, Tensor]:
-    """The weights of a small network after some steps."""
+def trained(
+    steps: int, dtype: torch.dtype = torch.float32, data_steps: int | None = None, **settings: Any
+) -> dict[str, Tensor]:
+    """The weights of a small network after some steps. data_steps: for how many there is data."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 3)).to(dtype)
-    data = torch.randn(8 * steps, 6, dtype=dtype), torch.randint(0, 3, (8 * steps,))
+    examples = 8 * (data_steps or steps)
+    data = torch.randn(examples, 6, dtype=dtype), torch.randint(0, 3, (examples,))
     optimizer = torch.optim.SGD(net.parameters(), lr=RATE)
-    fit(net, data, loss=loss, optimizer=optimizer, steps=steps, **QUIET, **settings)
+    fit(net, data, loss=loss, optimizer=optimizer, steps=steps, **{**QUIET, **settings})
     return {name: value.detach().clone() for name, value in net.state_dict().items()}
 
 
@@ -98,3 +102,13 @@ def test_every_replica_can_be_divided_over_devices() -> None:
 def test_what_replicas_of_several_devices_cannot_do_is_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(SettingError, match=said):
         trained(1, replicas=2, devices=2, **settings)
+
+
+def test_a_resumed_run_has_the_momentum_of_the_outer_rule(tmp_path: Path) -> None:
+    settings = {"replicas": 2, "spares": 0, "update": LocalSteps(every=1)}
+    expected = trained(6, torch.float64, **settings)
+    data_of_six = {"data_steps": 6, "run_dir": tmp_path / "run"}
+    trained(3, torch.float64, **data_of_six, **settings)
+    found = trained(6, torch.float64, **data_of_six, resume=True, **settings)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12)

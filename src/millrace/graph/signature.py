@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+BESIDE = "outer/"  # begins the names of variables that a step does not use; a checkpoint need not have them
+
 
 class Role(enum.StrEnum):
     """What a variable is for; placement, checkpoints and printing treat the roles apart."""

@@ -15,13 +15,11 @@ from millrace.compile.tiered import Say
 from millrace.errors import WorkerError
 from millrace.graph.graph import TRAIN, Graph
 from millrace.graph.random import slice_random
-from millrace.graph.signature import Role
+from millrace.graph.signature import BESIDE, Role
 from millrace.replicas.replica import Computed, Slice
 from millrace.replicas.settings import LocalSteps
 from millrace.replicas.stages import all_stages
 from millrace.runtime.session import Session
-
-_OUTER = "outer/"  # begins the momentum of a parameter
 
 
 class LocalReplica:
@@ -29,7 +27,8 @@ class LocalReplica:
 
     A worker keeps its own optimizer slots from step to step; parameters and buffers are the same for all.
 
-    Args: step: the whole of it. variables: all of them, by name. rule: the outer one.
+    Args: step: the whole of it. variables: all of them, by name, and the outer momentum of parameters, behind `BESIDE`;
+        where that is missing it is zero. rule: the outer one.
     """
 
     def __init__(
@@ -43,10 +42,10 @@ class LocalReplica:
     ) -> None:
         self._compile, self._say, self._rule = compile, say, rule
         self._roles = {variable.name: variable.role for variable in step.variables}
-        self._trained = [name for name in variables if self._roles[name] is Role.PARAMETER]
-        moments = {_OUTER + name: torch.zeros_like(variables[name]) for name in self._trained}
-        self.variables = {**variables, **moments}
-        self._local = {name: value.clone() for name, value in variables.items()}  # what the steps are taken on
+        self._trained = [name for name, role in self._roles.items() if role is Role.PARAMETER]
+        moments = {BESIDE + name: torch.zeros_like(variables[name]) for name in self._trained}
+        self.variables = {**moments, **variables}
+        self._local = {name: variables[name].clone() for name in self._roles}  # what the steps are taken on
         self._programs: dict[int, Session] = {}
 
     def load(self, key: int, step: Graph, pieces: bytes = b"") -> None:
@@ -108,7 +107,7 @@ class LocalReplica:
         rate, momentum = self._rule.learning_rate, self._rule.momentum
         for name, change in means.items():
             if name in self._trained:
-                moment = self.variables[_OUTER + name]
+                moment = self.variables[BESIDE + name]
                 moment.mul_(momentum).add_(change)
                 self.variables[name].sub_(change.add(moment, alpha=momentum), alpha=rate)
             else:

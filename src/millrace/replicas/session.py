@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from millrace.graph.graph import TRAIN, Graph
+from millrace.graph.passes.beside import beside_parameters
 from millrace.graph.passes.halves import Halves, halves
 from millrace.graph.save import graph_bytes
 from millrace.graph.signature import Variable
@@ -75,13 +76,13 @@ class ReplicatedSession(MembersSession):
         travel: Travel | None = None,
         **settings: Unpack[MembersSettings],
     ) -> None:
-        super().__init__(graph, hub, **settings)
+        super().__init__(beside_parameters(graph) if local else graph, hub, **settings)
         self.replicas, self._spares = replicas, spares
         self._rendezvous = rendezvous
         self._rule = local
         whole = None if self._rule else halves(graph)
         self._shared = as_tensor(graph_bytes(whole.update if whole else graph))  # what every worker has
-        self._variables = _of_both(whole) if whole else tuple(v.name for v in graph.variables)
+        self._variables = _of_both(whole) if whole else tuple(v.name for v in self.graph.variables)
         self._stages = early_stages(whole.gradients, [feed.name for feed in whole.exchanged]) if whole else ()
         self._travel = travel or Travel()
         whole_steps = local is not None

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from millrace.errors import CheckpointError, DamagedCheckpointError
+from millrace.graph.signature import BESIDE
 from millrace.runtime.commit import Digest
 
 # What one turn hands to the disk and to the hash: small enough to be still in the cache for the second of them.
@@ -97,7 +98,8 @@ def read_shard(path: Path, expected: Digest | None) -> dict[str, Tensor]:
 def read_shard_into(path: Path, expected: Digest | None, targets: Mapping[str, Tensor]) -> None:
     """Reads a file straight into tensors that exist already, in place, on whatever device they are.
 
-    Names, shapes and dtypes must agree exactly; nothing is changed unless they all do.
+    Names, shapes and dtypes must agree exactly; nothing is changed unless they all do. Only what stands beside the step
+    (`BESIDE`) may be in the file or not: then it is left, or becomes zero.
 
     Raises: DamagedCheckpointError when the file is missing, truncated or altered; CheckpointError when it belongs
     to another model.
@@ -106,8 +108,12 @@ def read_shard_into(path: Path, expected: Digest | None, targets: Mapping[str, T
         verify(path, expected)
     with open_shard(path) as file, torch.no_grad():
         _check_same_variables(path, file, targets)
+        there = set(file.keys())
         for name, target in targets.items():
-            target.copy_(file.get_tensor(name))
+            if name in there:
+                target.copy_(file.get_tensor(name))
+            else:
+                target.zero_()
 
 
 def verify(path: Path, expected: Digest) -> None:
@@ -201,11 +207,11 @@ def _check_storable(tensors: Mapping[str, object]) -> None:
 def _check_same_variables(path: Path, file: Any, targets: Mapping[str, Tensor]) -> None:
     in_file = set(file.keys())
     problems = []
-    if missing := sorted(set(targets) - in_file):
+    if missing := sorted(name for name in set(targets) - in_file if not name.startswith(BESIDE)):
         problems.append(
             f"{len(missing)} of this model's {len(targets)} variables are not in the file: {listed(missing)}"
         )
-    if unexpected := sorted(in_file - set(targets)):
+    if unexpected := sorted(name for name in in_file - set(targets) if not name.startswith(BESIDE)):
         problems.append(f"{len(unexpected)} variables of the file are not in this model: {listed(unexpected)}")
     for name in sorted(in_file & set(targets)):
         view, target = file.get_slice(name), targets[name]
