@@ -182,12 +182,13 @@ def test_asynchronous_training_goes_on_whoever_is_lost(overlap: bool) -> None:
         print(f"{len(losses)} updates, staleness {dict(session.staleness)}, {session.repeats} repeated")
 
 
-def test_fetching_and_pushing_now_and_then() -> None:
+@pytest.mark.parametrize("overlap", [False, True], ids=["alone", "overlap"])
+def test_fetching_and_pushing_now_and_then(overlap: bool) -> None:
     """Gradients of three batches are pushed together; what is left at the end is pushed, too."""
     line = Line()
     graph = line.graph()
     batches = [line.batch() for _ in range(8)]
-    with session_over(graph, Async(fetch_every=3, push_every=3, copies=False), 1) as session:
+    with session_over(graph, Async(fetch_every=3, push_every=3, copies=False, overlap=overlap), 1) as session:
         found = list(session.stream([TRAIN, "loss"], batches))
         assert len(found) == 8
         assert sum(session.staleness.values()) == 3
