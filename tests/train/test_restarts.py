@@ -14,7 +14,7 @@ from millrace import Callback, Result, fit
 from millrace.errors import VariablesLostError, WorkerError
 from millrace.replicas.server_session import ServerSession
 from millrace.replicas.session import ReplicatedSession
-from millrace.replicas.settings import Async, Sync
+from millrace.replicas.settings import Async, Hybrid, Sync
 from millrace.train.callbacks import RunView
 from millrace.train.replicas import ReplicaRun
 from millrace.train.restarts import MOST_FROM_ONE_CHECKPOINT, Restarts
@@ -95,11 +95,12 @@ def test_variables_that_nobody_has_any_more_come_from_the_last_checkpoint(
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 15))
 
 
+@pytest.mark.parametrize("update", [Async(), Hybrid(groups=2)])
 def test_asynchronous_training_goes_on_from_the_last_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    update: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     fault = Fault({20}, shard_and_copy)
-    settings = {"update": Async(), "steps": 30, "checkpoint_every": 8, "progress": True}
+    settings = {"update": update, "steps": 30, "checkpoint_every": 8, "progress": True}
     result, _ = run(monkeypatch, fault, run_dir=tmp_path / "run", **settings)
     assert (result.outcome, result.steps, result.restarts) == ("finished", 30, 1)
     assert 4 <= result.lost_updates < 8  # steps that were done when the loss was noticed, since step 16

@@ -57,9 +57,7 @@ class HybridSession(ServerSession):
 
     def resize(self, replicas: int) -> None:
         """Not possible: groups stay as many, and as large, as they are. Raises: SettingError."""
-        raise SettingError(
-            f"{replicas} replicas: groups keep their size while they run. Resume the run with as many."
-        )
+        raise SettingError(f"{replicas} replicas: groups keep their size while they run. Resume the run with as many.")
 
     def close(self) -> None:
         """End the processes; what they hold of the variables goes with them."""
