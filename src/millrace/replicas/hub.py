@@ -30,7 +30,7 @@ from millrace.runtime.link import Link
 from millrace.runtime.messages import LONGEST_WAIT_S, Message
 
 START_WITHIN_S = 120.0
-_EXIT_WITHIN_S = 1.0  # of a kill; then it is reported lost without how it ended
+_EXIT_WITHIN_S = 0.5  # of a kill; then it is reported lost without how it ended: its machine may be cut off
 _SOON_S = 0.005
 
 
