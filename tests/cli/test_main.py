@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,17 @@ def test_an_unexpected_error_is_one_line_unless_asked(monkeypatch: pytest.Monkey
     monkeypatch.setenv(TRACEBACK, "1")
     assert main(["tasks"]) == FAILED
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_with_the_python_that_lacks_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def lacking(*_: object) -> None:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr("millrace.cli.tasks.summaries", lacking)
+    assert main(["tasks"]) == FAILED
+    assert capsys.readouterr().err.startswith(f"millrace tasks: {sys.executable} lacks torch. Install millrace there")
 
 
 # ---------------------------------------------------------------------- commands

@@ -81,8 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED_PIPE
     except Exception as error:
-        hint = f"(an unexpected {type(error).__name__}; {TRACEBACK}=1 shows where it came from)"
-        return _say(error, f"millrace {command}: {error} {hint}", FAILED)
+        return _say(error, f"millrace {command}: {_unexpected(error)}", FAILED)
 
 
 def _dispatch(command: str, arguments: list[str]) -> int:
@@ -100,6 +99,12 @@ def _dispatch(command: str, arguments: list[str]) -> int:
     status = module.main(arguments)
     sys.stdout.flush()  # here, where a closed pipe is handled
     return OK if status is None else int(status)
+
+
+def _unexpected(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("millrace"):
+        return f"{sys.executable} lacks {error.name}. Install millrace there: pip install 'millrace[zoo]'"
+    return f"{error} (an unexpected {type(error).__name__}; {TRACEBACK}=1 shows where it came from)"
 
 
 def _say(error: BaseException, message: str, status: int) -> int:
