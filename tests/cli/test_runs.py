@@ -1,9 +1,8 @@
-"""`millrace runs`, `logs`, `stop` and `resume`, on runs in threads of this process and in processes of their own."""
+"""`millrace runs`, `logs`, `stop` and `resume`, on runs in processes of their own."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -16,11 +15,10 @@ from pathlib import Path
 import pytest
 from tests.small import child_environment
 
-from millrace.cli.main import FAILED, OK, USAGE, main
+from millrace.cli.main import FAILED, INTERRUPTED, OK, USAGE, main
 from millrace.cli.runs import ago
 from millrace.train.run_directory import RunDirectory
 from millrace.train.run_state import read_state
-from millrace.zoo.run import configure, train
 
 LONG = ["steps=100000", "width=4", "compile=eager", "batch_size=8"]
 Captured = pytest.CaptureFixture[str]
@@ -33,27 +31,26 @@ def until_step(run: Path, step: int) -> None:
         time.sleep(0.02)
 
 
+def started(run: Path) -> subprocess.Popen[str]:
+    """A long run of digits, in a process of its own."""
+    command = [sys.executable, "-m", "millrace", "train", "digits", "--quiet", "--device", "cpu", "--run-dir", str(run)]
+    settings = [word for text in LONG for word in ("--set", text)]
+    return subprocess.Popen([*command, *settings], env=child_environment(), stderr=subprocess.PIPE, text=True)
+
+
 @pytest.fixture
-def running(in_tmp: Path) -> Iterator[Path]:
-    """A long run of digits, in a thread, some steps after its start."""
-    path = in_tmp / "runs" / "digits-long"
-
-    def work() -> None:
-        with pytest.raises(KeyboardInterrupt, match="millrace stop after step"):
-            train(configure("digits", LONG), run_dir=path, progress=False, device="cpu")
-
-    thread = threading.Thread(target=work)
-    thread.start()
+def running(in_tmp: Path) -> Iterator[subprocess.Popen[str]]:
+    """The run "digits-long", some steps after its start."""
+    process = started(in_tmp / "runs" / "digits-long")
     try:
-        until_step(path, 20)
-        yield path
+        until_step(in_tmp / "runs" / "digits-long", 20)
+        yield process
     finally:
-        (path / "stop").touch()
-        thread.join(60)
-    assert not thread.is_alive()
+        process.kill()
+        process.communicate()
 
 
-def test_a_run_is_listed_followed_stopped_and_resumed(running: Path, capsys: Captured) -> None:
+def test_a_run_is_listed_followed_stopped_and_resumed(running: subprocess.Popen[str], capsys: Captured) -> None:
     assert main(["runs", "--json"]) == OK
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].split() == ["run", "state", "step", "loss", "steps/s", "started"]
@@ -69,14 +66,15 @@ def test_a_run_is_listed_followed_stopped_and_resumed(running: Path, capsys: Cap
     following.join(20)
     assert not following.is_alive()
     captured = capsys.readouterr()
-    state = read_state(running)
+    assert running.wait(60) == INTERRUPTED
+    state = read_state(Path("runs/digits-long"))
     assert state.status == "interrupted"
     assert f"digits-long is interrupted at step {state.step}. To go on: millrace resume" in captured.out
     assert "was asked to stop" in captured.err
-    assert f"started in process {os.getpid()} on {socket.gethostname()}" in captured.out
+    assert f"started in process {running.pid} on {socket.gethostname()}" in captured.out
     assert "step 20: loss " in captured.out
     assert f"interrupted at step {state.step}\n" in captured.out
-    assert not (running / "stop").exists()
+    assert not Path("runs/digits-long/stop").exists()
 
     assert main(["stop", "digits-long"]) == OK
     assert f"does not run: it is interrupted, at step {state.step}" in capsys.readouterr().out
@@ -87,9 +85,7 @@ def test_a_run_is_listed_followed_stopped_and_resumed(running: Path, capsys: Cap
 
 
 def test_a_run_that_cannot_stop_is_waited_for_in_vain_and_killed(in_tmp: Path, capsys: Captured) -> None:
-    command = [sys.executable, "-m", "millrace", "train", "digits", "--quiet", "--device", "cpu"]
-    settings = [word for text in LONG for word in ("--set", text)]
-    process = subprocess.Popen([*command, *settings, "--run-dir", "runs/stuck"], env=child_environment())
+    process = started(Path("runs/stuck"))
     try:
         until_step(Path("runs/stuck"), 10)
         process.send_signal(signal.SIGSTOP)
@@ -104,7 +100,7 @@ def test_a_run_that_cannot_stop_is_waited_for_in_vain_and_killed(in_tmp: Path, c
         assert main(["resume", "stuck", "--set", f"steps={step + 3}", "--quiet"]) == OK
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 def test_what_ended_a_run_is_in_its_log(in_tmp: Path, capsys: Captured) -> None:
