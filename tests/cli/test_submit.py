@@ -31,14 +31,14 @@ def millrace(head: Head, *arguments: str, status: int = OK, **environment: str) 
     """Run a command; what it said."""
     command = [sys.executable, "-m", "millrace", *arguments, "--cluster", head.dashboard]
     variables = {**head.environment, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 def until_listed(head: Head, run: str, state: str, step: int = 0) -> int:
     """Wait until a run is so far. Returns: its step."""
-    end_s = time.monotonic() + 120
+    end_s = time.monotonic() + 300
     while True:
         shown = millrace(head, "runs")
         words = next(line.split() for line in shown.splitlines() if line.startswith(run))

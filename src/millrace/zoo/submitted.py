@@ -26,7 +26,7 @@ from millrace.version import __version__
 HOME = "~/"
 _PACKAGE = Path(__file__).parents[1]
 _STOP_WITHIN_S = 3600  # from SIGTERM to SIGKILL by Ray, whose 3 s are too few for a checkpoint; `kill` is quicker
-_KILL_WITHIN_S = 60.0
+_KILL_WITHIN_S = 120.0
 _LOOK_S = 0.5
 _INTERRUPTED = 130
 _RUN, _VERSION, _DIRECTORY, _ARGUMENTS, _ASKED = "run", "millrace", "run_dir", "arguments", "asked"
