@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -97,6 +98,55 @@ def test_waiting_is_bounded_and_tells_which_signal_ended_it() -> None:
     assert child.wait(10.0) == child.returncode == -signal.SIGKILL
 
 
+def test_a_child_can_be_killed_as_soon_as_it_is_known() -> None:
+    with tempfile.TemporaryFile() as errors:
+        run("go", errors=errors).wait(60.0)
+        server = server_pid()
+        for _ in range(30):
+            child = run("stay", errors=errors)
+            os.killpg(child.pid, signal.SIGKILL)
+            assert child.wait(10.0) == -signal.SIGKILL
+        assert server_pid() == server
+
+
+def test_an_interrupted_start_is_not_taken_for_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    said("go")
+
+    def interrupted(connection: object, count: int) -> bytes:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, tempfile.TemporaryFile() as errors:
+        patch.setattr(fork_server, "_receive", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run("stay", errors=errors)
+    assert said("next")[0] == "next"
+
+
+def test_a_child_is_waited_for_in_a_process_with_many_open_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2000:
+        pytest.skip("more files cannot be opened here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2000), hard))
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        assert said("go")[0] == "go"
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_where_no_server_can_fork_a_child_is_started_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> int:
+        raise OSError
+
+    monkeypatch.setattr(fork_server, "_fork", refused)
+    with tempfile.TemporaryFile() as errors:
+        child = fork_module("forked", [str(os.getpid()), "go"], errors=errors, environment=THREADS)
+        assert not isinstance(child, ForkedChild)
+        assert child.wait(60.0) == 7
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_server_is_replaced_and_its_children_live(how: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fork_server, "_FORK_TIMEOUT_S", 5.0)
@@ -104,6 +154,7 @@ def test_a_lost_server_is_replaced_and_its_children_live(how: signal.Signals, mo
     with tempfile.TemporaryFile() as errors:
         before = run("stay", errors=errors)
         lost = server_pid()
+        time.sleep(0.2)
         os.kill(lost, how)
         time.sleep(0.2)
         after = run("stay", errors=errors)

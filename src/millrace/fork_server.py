@@ -7,7 +7,9 @@ other, and outlive the server. Elsewhere than on Linux children are started plai
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import fcntl
 import gc
 import importlib
@@ -28,6 +30,7 @@ from millrace.child_process import Child, modules_path, start_module
 
 _LENGTH = struct.Struct("<I")
 _PID = struct.Struct("<i")
+_GO = b"\0"
 _MOST_DESCRIPTORS = 16
 _IMPORT_TIMEOUT_S = 180.0  # on a machine that may be busy
 _FORK_TIMEOUT_S = 20.0
@@ -61,10 +64,10 @@ def fork_module(
         "descriptors": list(descriptors),
     }
     with _lock:
-        try:
-            return ForkedChild(_fork(request, [errors.fileno(), *descriptors]))
-        except OSError:  # it was killed, or is stuck
-            return ForkedChild(_fork(request, [errors.fileno(), *descriptors]))
+        for _ in range(2):  # the server may have been killed, or be stuck
+            with contextlib.suppress(OSError):
+                return ForkedChild(_fork(request, [errors.fileno(), *descriptors]))
+    return start_module(module, arguments, errors=errors, environment=environment, descriptors=descriptors)
 
 
 class ForkedChild:
@@ -81,7 +84,9 @@ class ForkedChild:
             if self.returncode is None:
                 ended = os.pidfd_open(self.pid)
                 try:
-                    if not select.select([ended], [], [], timeout)[0]:
+                    polled = select.poll()
+                    polled.register(ended, select.POLLIN)
+                    if not polled.poll(None if timeout is None else 1000.0 * timeout):
                         raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
                 finally:
                     os.close(ended)
@@ -112,6 +117,8 @@ class _Server:
             socket.send_fds(self._ours, [_LENGTH.pack(len(body))], descriptors)
             self._ours.sendall(body)
             pid = int(_PID.unpack(_receive(self._ours, _PID.size))[0])
+        if pid < 0:
+            raise OSError(-pid, os.strerror(-pid))
         self._imported.add(request["module"])
         return pid
 
@@ -126,7 +133,7 @@ _server: _Server | None = None
 
 
 def _fork(request: Mapping[str, Any], descriptors: Sequence[int]) -> int:
-    """The process. Raises: OSError when the server has ended or does not answer; the next call makes another one."""
+    """The process. Raises: OSError when the server has ended, cannot or does not answer."""
     global _server
     if _server is not None and _server.settings != _settings():
         _end_server()
@@ -134,8 +141,8 @@ def _fork(request: Mapping[str, Any], descriptors: Sequence[int]) -> int:
         _server = _Server()
     try:
         return _server.fork(request, descriptors)
-    except OSError:
-        _end_server()  # an answer that comes late must not be taken for that of the next request
+    except BaseException:  # also Ctrl-C: what is answered late must not be taken for the answer to the next request
+        _end_server()
         raise
 
 
@@ -191,13 +198,17 @@ def main(arguments: list[str]) -> None:
             return
         request = json.loads(_receive(connection, _LENGTH.unpack(length)[0]))
         _import_needs(request)
-        pid = _fork_twice()
-        if pid is None:
+        pid, go = _fork_twice()
+        if not pid:
             connection.close()
             return _become(request, descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
         connection.sendall(_PID.pack(pid))
+        if go is not None:
+            with contextlib.suppress(BrokenPipeError):  # it has been killed since
+                os.write(go, _GO)
+            os.close(go)
 
 
 def _import_needs(request: Mapping[str, Any]) -> None:
@@ -212,30 +223,56 @@ def _import_needs(request: Mapping[str, Any]) -> None:
     gc.freeze()  # so that children's collections do not write to all the pages that they share
 
 
-def _fork_twice() -> int | None:
-    """A grandchild whose parent has ended, so that it is the child of the one that adopts. None in that one itself."""
+def _fork_twice() -> tuple[int, int | None]:
+    """A grandchild whose parent has ended, so that it is the child of the one that adopts.
+
+    It leads a group of its own, and waits to be told by a byte that it may go on.
+
+    Returns: its process and where to write that byte. In the grandchild itself: 0 and None. When there can be no more
+        processes: minus the number of the error, and None.
+    """
     pid_read, pid_write = os.pipe()
     go_read, go_write = os.pipe()
-    child = os.fork()
+    try:
+        child = os.fork()
+    except OSError as error:
+        os.write(pid_write, _PID.pack(-(error.errno or errno.EAGAIN)))
+        child = -1
     if child == 0:
-        grandchild = os.fork()
-        if grandchild:
-            os.write(pid_write, _PID.pack(grandchild))
-            os._exit(0)
         os.close(go_write)
-        os.read(go_read, 1)  # until the server has seen the parent's end, or has ended itself
-    else:
+        _be_grandchild(pid_write, go_read)
+        os.close(pid_read)
+        return 0, None
+    os.close(pid_write)
+    os.close(go_read)
+    if child > 0:
         os.waitpid(child, 0)
-        grandchild = _PID.unpack(os.read(pid_read, _PID.size))[0]
-        os.close(go_write)
-    for descriptor in (pid_read, pid_write, go_read):
-        os.close(descriptor)
-    return grandchild if child else None
+    (pid,) = _PID.unpack(os.read(pid_read, _PID.size) or _PID.pack(-errno.ECHILD))
+    os.close(pid_read)
+    if pid > 0:
+        return pid, go_write
+    os.close(go_write)
+    return pid, None
+
+
+def _be_grandchild(pid_write: int, go_read: int) -> None:
+    """Fork once more and end; in the new process, say who it is and wait."""
+    try:
+        if os.fork():
+            os._exit(0)
+    except OSError as error:
+        os.write(pid_write, _PID.pack(-(error.errno or errno.EAGAIN)))
+        os._exit(1)
+    os.setsid()  # before anybody can know of it: whoever does may kill its group
+    os.write(pid_write, _PID.pack(os.getpid()))
+    os.close(pid_write)
+    if os.read(go_read, 1) != _GO:
+        os._exit(1)  # the server has ended, and its user does not know of this process
+    os.close(go_read)
 
 
 def _become(request: Mapping[str, Any], descriptors: Sequence[int]) -> None:
     """Be the process that was asked for."""
-    os.setsid()
     _call_this_process(request["module"])
     os.chdir(request["directory"])
     os.environ.clear()
