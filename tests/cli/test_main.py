@@ -11,6 +11,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from millrace.cli.main import COMMANDS, FAILED, INTERRUPTED, OK, TRACEBACK, USAGE, main
+from millrace.errors import SettingError
 from millrace.graph.save import load_graph
 from millrace.train.callbacks import Callback
 from millrace.train.run_directory import RunDirectory
@@ -18,7 +19,7 @@ from millrace.version import __version__
 from millrace.zoo import run as zoo_run
 from millrace.zoo.digits import Digits
 from millrace.zoo.registry import summaries
-from millrace.zoo.run import configure, step_graph, train
+from millrace.zoo.run import Division, configure, step_graph, train
 from millrace.zoo.settings import describe
 
 QUICK = ["--set", "steps=8", "--set", "width=4", "--set", "compile=eager", "--device", "cpu"]
@@ -122,6 +123,9 @@ def test_wrong_names_and_values(arguments: str, message: str, in_tmp: Path, caps
         ("train digits --frobnicate", "unrecognized arguments"),
         ("train digits --cluster local", "say over how many processes, by --replicas N; to have the whole run there"),
         ("train digits --room-within 3", "are for replicas"),
+        ("train digits --replicas 2 --microbatches 2", "for several devices: give --devices N\n"),
+        ("train digits --wire bfloat16", "give --devices N or --cluster FILE"),
+        ("train digits --devices 2 --cluster x.json", "no such cluster file"),
         ("predict run", "required: FILE"),
         ("eval", "required: RUN"),
     ],
@@ -131,6 +135,20 @@ def test_wrong_usage(arguments: str, message: str, capsys: Captured) -> None:
         main(arguments.split())
     assert ended.value.code == USAGE
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [["--wire", "bfloat16"], ["--devices", "2", "--on", "0=cpu:1", "--cluster", "local"]])
+def test_replicas_with_what_fit_takes_beside_them(more: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Division] = []
+
+    def stop(*_: object, division: Division, **__: object) -> None:
+        asked.append(division)
+        raise SettingError("far enough")
+
+    monkeypatch.setattr("millrace.cli.train.train", stop)
+    assert main(["train", "digits", "--replicas", "2", *more]) == USAGE
+    assert asked[0].replicas == 2
+    assert (asked[0].wire, asked[0].devices) == (("bfloat16", None) if "--wire" in more else (None, 2))
 
 
 def test_an_unexpected_error_is_one_line_unless_asked(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:

@@ -140,7 +140,7 @@ def test_rows_of_a_table_are_updated_as_the_optimizer_does(kind: str, tmp_path: 
         assert list(client.tables) == [name]
         for step in range(3):
             values = torch.randn(4, 3, dtype=torch.float64)
-            client.push_rows(name, rows, values, step + 1, step, step)
+            client.push({}, step + 1, step, step, rows={name: Rows(rows, values)})
             expected.grad = torch.zeros_like(expected).index_add_(0, rows, values)
             dense.step()
         torch.testing.assert_close(rows_of(client, name, torch.arange(50)), expected.detach(), rtol=1e-12, atol=1e-12)
@@ -185,7 +185,7 @@ def test_what_does_not_fit_is_refused_and_the_connection_goes_on(kind: str, tmp_
         with pytest.raises(FeedError, match="5 rows, asked for 2 to 5"):
             rows_of(client, "t", torch.tensor([2, 5]))
         with pytest.raises(FeedError, match="expected, got"):
-            client.push_rows("t", torch.tensor([2]), torch.ones(1, 3), 1, 0, 0)
+            client.push({}, 1, 0, 0, rows={"t": Rows(torch.tensor([2]), torch.ones(1, 3))})
         with pytest.raises(FetchError, match="no table 'x'"):
             client.fetch({}, rows={"x": Rows(torch.tensor([2]), torch.empty(1, 2))})
         with pytest.raises(FeedError, match="'a' for shard 0"):
@@ -214,7 +214,7 @@ def test_a_copy_has_what_the_shard_has(kind: str, copy_kind: str, tmp_path: Path
                 client.fetch({"a": torch.empty(5)}, step=step)
                 client.push({"a": torch.ones(5)}, step + 1, step, step, slice=number)
         shard.configure(Async(), ("w0",))
-        clients[0].push_rows("t", torch.tensor([1, 1]), torch.ones(2, 2), 4, 3, 3)
+        clients[0].push({}, 4, 3, 3, rows={"t": Rows(torch.tensor([1, 1]), torch.ones(2, 2))})
         assert bytes(copy.shard.store.region.content()) == bytes(shard.shard.store.region.content())
         assert copy.shard.state.snapshot() == shard.shard.state.snapshot()
         assert shard.report() == {"version": 4, "dropped": 0, "copied": True}

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from millrace.errors import SettingError
+from millrace.replicas.session import ReplicatedSession
 from millrace.replicas.settings import LocalSteps, Sync
 from millrace.train.fit import fit
 
@@ -84,12 +85,22 @@ def test_local_steps_can_be_narrowed_and_overlap_is_for_collectives() -> None:
         Sync(parameter_servers=1, overlap=True)
 
 
-def test_every_replica_can_be_divided_over_devices() -> None:
+def test_every_replica_can_be_divided_over_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+
+    def session(*arguments: Any, **settings: Any) -> ReplicatedSession:
+        made.append(settings)
+        return ReplicatedSession(*arguments, **settings)
+
+    monkeypatch.setattr("millrace.train.replicas.ReplicatedSession", session)
     expected = trained(3, torch.float64)
     wishes = {"placement": {"0": "cpu:0", "2": "cpu:1"}, "microbatches": 2}
     found = trained(3, torch.float64, replicas=2, spares=0, devices=2, **wishes)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
+    (settings,) = made
+    assert settings["replicas"] == 2
+    assert settings["devices"] is not None
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import pytest
 from millrace.errors import RunDirectoryError, SettingError
 from millrace.train.run_directory import RunDirectory
 from millrace.train.run_files import write_atomically
+from millrace.train.stop_request import StopRequest
 
 # Takes the directory, says so, then measures as fast as it can. argv: root, name. With a third word: forks a child
 # that outlives it, as a data loader's worker may.
@@ -272,6 +274,20 @@ def file_size_limit(limit_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_stop_file_out_of_reach_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_reach(*_: object, **__: object) -> bool:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    run = RunDirectory.create(tmp_path, "run")
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "exists", out_of_reach)
+        assert not StopRequest(run.path)()
+    with monkeypatch.context() as broken:
+        broken.setattr("millrace.train.run_directory.withdraw_stop", out_of_reach)
+        run.close("finished", 3)
+    assert (run.state.status, run.state.step) == ("finished", 3)
 
 
 def test_a_write_that_fails_half_way_leaves_the_files_whole(tmp_path: Path) -> None:

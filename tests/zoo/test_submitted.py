@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from millrace.cli.main import FAILED, OK, USAGE, main
-from millrace.errors import SettingError
+from millrace.errors import SettingError, WorkerError
 from millrace.runtime.jobs import ClusterSize, Job, JobRequest
 from millrace.zoo.submitted import Asked, find_submitted, log_of, resume, submit, submitted_runs, summarize_submitted
 
@@ -128,7 +128,8 @@ def test_the_commands(cluster: Cluster, capsys: Captured) -> None:
     assert main(["submit", "digits", "--set", "epochs=3", "--replicas", "1", "--update", "async", *where]) == USAGE
     assert "asks for 1 CPU and 4 for its replicas' processes" in capsys.readouterr().err, "a server, its copy, a spare"
     assert main(["submit", "digits", "--set", "epochs=3", "--replicas", "2", "--runs-dir=/r", *where, "--json"]) == OK
-    assert "digits --set epochs=3 --room-within 900 --run-dir /r/digits-" in cluster.requests[0].command
+    assert "digits --set epochs=3 --run-dir /r/digits-" in cluster.requests[0].command
+    assert "--replicas 2 --room-within 900 --cluster" in cluster.requests[0].command
     name = cluster.requests[0].name
     assert f'"run_dir": "/r/{name}"' in capsys.readouterr().out
     assert main(["runs", *where]) == OK
@@ -140,6 +141,7 @@ def test_the_commands(cluster: Cluster, capsys: Captured) -> None:
     assert cluster.stopped == [name]
     assert main(["resume", name, *where]) == OK
     assert "goes on" in capsys.readouterr().out
+    assert "--replicas 2 --room-within 900 --cluster" in cluster.requests[1].command
     cluster.becomes(f"{name}.2", "succeeded", 0)
     assert main(["logs", name, "--follow", *where]) == OK
     assert "is finished" in capsys.readouterr().err
@@ -147,6 +149,30 @@ def test_the_commands(cluster: Cluster, capsys: Captured) -> None:
     assert "does not run: it is finished" in capsys.readouterr().out
     assert main(["logs", "x", *where]) == USAGE
     assert "No run is at http://there:8265 by the name 'x'" in capsys.readouterr().err
+
+
+def test_how_long_to_wait_for_room_goes_along(cluster: Cluster) -> None:
+    arguments = ["submit", "digits", "--replicas", "1", "--room-within", "60", "--cluster", "http://there:8265"]
+    assert main(arguments) == OK
+    assert cluster.requests[0].command.count("--room-within 60") == 1
+
+
+def test_a_run_without_a_log_does_not_hide_the_others(
+    cluster: Cluster, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost, good = handed_in(cluster, Asked()), handed_in(cluster, Asked())
+    log = cluster.log
+
+    def log_or_not(name: str) -> str:
+        if name == lost:
+            raise WorkerError(f"Ray did not give the log of {name}")
+        return log(name)
+
+    monkeypatch.setattr(cluster, "log", log_or_not)
+    assert main(["runs", "--cluster", "http://there:8265"]) == OK
+    captured = capsys.readouterr()
+    assert [line.split()[0] for line in captured.out.splitlines()] == ["run", good]
+    assert captured.err == f"millrace runs: Ray did not give the log of {lost}\n"
 
 
 def test_a_job_that_fails_at_once_is_told(cluster: Cluster, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 from millrace.cli.arguments import add_json, parser, print_json
 from millrace.cli.remote import add_cluster
 from millrace.cli.table import aligned
-from millrace.errors import RunDirectoryError
+from millrace.errors import RunDirectoryError, WorkerError
 from millrace.runtime.jobs import open_jobs
 from millrace.train.progress import format_rate
 from millrace.train.run_directory import RunDirectory
@@ -29,6 +31,7 @@ millrace runs
 millrace runs elsewhere/            those in another directory
 millrace runs --last 5 --json
 millrace runs --cluster http://10.0.0.5:8265      those submitted there"""
+_Run = TypeVar("_Run")
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60))
 
 
@@ -41,23 +44,25 @@ def main(arguments: list[str]) -> None:
     add_json(options)
     given = options.parse_args(arguments)
     if given.cluster is None:
-        found = sorted(_summaries(given.directory), key=lambda run: run.started_s)
+        found = sorted(_readable(RunDirectory.all(given.directory), summarize), key=lambda run: run.started_s)
         shown, where = found[-given.last :] if given.last > 0 else [], f"under {given.directory}/"
+        count, earlier = len(found), len(found) - len(shown)
     else:
         jobs = open_jobs(given.cluster)
         submitted = submitted_runs(jobs)
         latest = submitted[-given.last :] if given.last > 0 else []
-        shown, where = [summarize_submitted(jobs, run) for run in latest], f"known to {jobs.address}"
-    _show(shown, len(found if given.cluster is None else submitted), where)
+        shown = _readable(latest, lambda run: summarize_submitted(jobs, run))
+        count, earlier, where = len(submitted), len(submitted) - len(latest), f"known to {jobs.address}"
+    _show(shown, count, earlier, where)
     if given.json:
         print_json({"runs": [dataclasses.asdict(run) | {"path": str(run.path)} for run in shown]})
 
 
-def _show(shown: list[RunSummary], count: int, where: str) -> None:
+def _show(shown: list[RunSummary], count: int, earlier: int, where: str) -> None:
     if shown:
         print(table(shown, time.time()))
-    if len(shown) < count:
-        print(f"and {count - len(shown)} earlier ones: --last {count} shows all", file=sys.stderr)
+    if earlier:
+        print(f"and {earlier} earlier ones: --last {count} shows all", file=sys.stderr)
     if not count:
         print(f"no run is {where}; `millrace train TASK` starts one here, `millrace submit` elsewhere", file=sys.stderr)
 
@@ -80,12 +85,12 @@ def ago(age_s: float) -> str:
     return f"{max(age_s, 0):.0f} s ago"
 
 
-def _summaries(directory: Path) -> list[RunSummary]:
+def _readable(runs: Iterable[_Run], summary_of: Callable[[_Run], RunSummary]) -> list[RunSummary]:
     """Of all runs that can be read; of the others it is said why not."""
     found = []
-    for run in RunDirectory.all(directory):
+    for run in runs:
         try:
-            found.append(summarize(run))
-        except RunDirectoryError as error:
+            found.append(summary_of(run))
+        except (RunDirectoryError, WorkerError) as error:
             print(f"millrace runs: {error}", file=sys.stderr)
     return found

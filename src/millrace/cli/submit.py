@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     if training.chaos:
         settings += ["--chaos", f"{training.chaos:g}"]
     if asked.processes and training.room_within is None:
-        settings += ["--room-within", str(_FOR_ROOM_S)]
+        training.room_within = _FOR_ROOM_S
     run = submit(
         jobs,
         training.task,

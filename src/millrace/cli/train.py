@@ -97,8 +97,6 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
         options.error("a TASK is needed (`millrace tasks` lists them), or --resume RUN")
     if given.resume is not None and given.run_dir is not None:
         options.error("--run-dir is for new runs; --resume RUN goes on in RUN")
-    if given.replicas is not None and given.devices is not None:
-        options.error("--replicas N and --devices N cannot go together")
     if given.replicas is None and (given.update != "sync" or given.chaos or given.room_within):
         options.error("--update, --chaos and --room-within are for replicas: give --replicas N")
     if given.replicas is None and given.cluster is not None and not Path(given.cluster).exists():
@@ -108,12 +106,14 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
         )
     if given.groups is not None and given.update != "hybrid":
         options.error("--groups N is for --update hybrid")
-    if given.devices is not None and given.cluster is not None:
+    if given.replicas is None and given.devices is not None and given.cluster is not None:
         options.error("--devices N makes workers of this machine, --cluster FILE lists them: give one of the two")
-    several = given.on or given.wire or given.microbatches > 1 or given.time_chunks > 1
-    if given.devices is None and given.cluster is None and several:
+    no_devices = given.devices is None and (given.cluster is None or given.replicas is not None)
+    wire = given.wire and given.replicas is None  # what replicas say to each other can be narrowed, too
+    if no_devices and (given.on or wire or given.microbatches > 1 or given.time_chunks > 1):
+        others = " or --cluster FILE" if given.replicas is None else ""
         options.error(
-            "--on, --wire, --microbatches and --time-chunks are for several devices: give --devices N or --cluster FILE"
+            f"--on, --wire, --microbatches and --time-chunks are for several devices: give --devices N{others}"
         )
     return given
 
@@ -147,7 +147,7 @@ def kept_arguments(given: argparse.Namespace) -> list[str]:
         "partitions": 1,
         "wire": None,
     }
-    defaults |= {"replicas": None, "update": "sync", "groups": None}
+    defaults |= {"replicas": None, "update": "sync", "groups": None, "room_within": None}
     for name, default in defaults.items():
         if getattr(given, name) != default:
             value = getattr(given, name)

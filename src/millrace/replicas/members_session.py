@@ -145,7 +145,7 @@ class MembersSession(RemoteSession):
     def workers(self) -> tuple[str, ...]:
         """The processes that compute, and are not known to be lost."""
         there = self._hub.members
-        return tuple(member for member in self._given if member in there)
+        return tuple(member for member in list(self._given) if member in there)
 
     @property
     def members(self) -> tuple[str, ...]:

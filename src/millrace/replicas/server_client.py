@@ -123,12 +123,6 @@ class ShardClient:
         self.start_push(gradients, sequence, step, version, slice=slice, examples=examples, rows=rows)
         return self.finish_push()
 
-    def push_rows(
-        self, table: str, rows: Tensor, values: Tensor, sequence: int, step: int, version: int, *, slice: int = 0
-    ) -> Receipt:
-        """Give gradients for some rows of a table and for nothing else. rows: int64 [n]. values: [n, ...]."""
-        return self.push({}, sequence, step, version, slice=slice, rows={table: Rows(rows, values)})
-
     def mailbox(self, slice: int = 0) -> Mapping[str, Tensor]:
         """The memory that gradients of a slice are given in: what is computed into it need not be copied by `push`.
 

@@ -139,7 +139,7 @@ def fit(
         )
         say = sayer(run, progress)
         evaluator = Evaluator(model, loss, precision=plan.precision, compile=plan.compile, say=say)
-        devices = None if plan.devices is None else DeviceRun(plan, say)
+        devices = None if plan.devices is None or plan.replicas else DeviceRun(plan, say)
         replicas = None if plan.replicas is None else ReplicaRun(plan, say)
         trainer = Trainer(
             plan,

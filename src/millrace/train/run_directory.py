@@ -20,6 +20,7 @@ import re
 import secrets
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -249,8 +250,9 @@ class RunDirectory:
             self.note(f"{outcome} at step {state.step}")
             self._log.close()
             self._said.close()
-            withdraw_stop(self.path)
             write_state(self.path, state)
+            with suppress(OSError):  # it does no harm: a run that goes on forgets it, too
+                withdraw_stop(self.path)
         finally:
             lock, self._lock = self._lock, None
             lock.release()

@@ -7,6 +7,7 @@ of a run in a thread. The run looks for it between steps.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from millrace.errors import RunDirectoryError
@@ -41,6 +42,7 @@ class StopRequest:
 
     def __call__(self) -> bool:
         if self._path is not None and not self._found and time.monotonic() >= self._next_s:
-            self._found = self._path.exists()
+            with suppress(OSError):  # the directory may be out of reach for a while, which is no reason to end
+                self._found = self._path.exists()
             self._next_s = time.monotonic() + _EVERY_S
         return self._found
