@@ -17,6 +17,8 @@ from millrace.runtime.jobs import ClusterSize, Job, JobRequest, JobStatus
 
 _INSTALL = "Install it with: pip install 'millrace[jobs]'"
 try:
+    import ray
+    from ray._raylet import Config  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobDetails, JobSubmissionClient
     from ray.util.state import list_nodes
@@ -41,6 +43,8 @@ class RayJobs:
     def __init__(self, address: str) -> None:
         self.address = address
         _check_address(address)
+        if not ray.is_initialized():
+            Config.initialize("")  # RAY_AUTH_MODE may have been set after Ray was imported
         try:
             with _quiet():
                 self._client = JobSubmissionClient("auto" if address == "local" else address)

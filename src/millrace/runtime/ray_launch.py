@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -27,6 +26,7 @@ from typing import Any
 from millrace import child_process
 from millrace.errors import PlacementError, SettingError
 from millrace.runtime import keeper, launch
+from millrace.runtime.ray_token import protect, unprotect
 
 try:
     import ray
@@ -256,7 +256,8 @@ def _start(directory: Path, cpus: float) -> Callable[[], None]:
     """Start a Ray of this machine's own. Returns: what ends it, with its files."""
     fits = len(str(directory.absolute())) + len("/ray") <= _LONGEST_TEMPORARY
     temporary = Path(directory.absolute(), "ray") if fits else Path(tempfile.mkdtemp(prefix="millrace-ray-"))
-    _protect()
+    protect()
+    Config.initialize("")
     variables = {
         "RAY_TMPDIR": str(temporary),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -274,6 +275,7 @@ def _start(directory: Path, cpus: float) -> Callable[[], None]:
                 _temp_dir=str(temporary),
             )
     except BaseException:
+        unprotect()
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
@@ -282,19 +284,10 @@ def _start(directory: Path, cpus: float) -> Callable[[], None]:
             ray.shutdown(wait_for_processes=True)
         except TypeError:  # earlier versions always leave before their processes have
             ray.shutdown()
+        unprotect()
         shutil.rmtree(temporary, ignore_errors=True)
 
     return end
-
-
-def _protect() -> None:
-    """Give a Ray that we start a token, without which nobody may use it, rather than have it make one in $HOME.
-
-    This process keeps it: Ray reads it once.
-    """
-    has_one = "RAY_AUTH_TOKEN_PATH" in os.environ or (Path.home() / ".ray/auth_token").exists()
-    if not has_one:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def _join(address: str) -> Callable[[], None]:
