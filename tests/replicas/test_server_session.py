@@ -31,6 +31,11 @@ def worker_of(session: ServerSession) -> str:
     return next(name for name, member in session._pool.members.items() if member.doing in ("free", "work"))
 
 
+def names_of(session: ServerSession) -> set[str]:
+    """Its workers, whatever they do."""
+    return {name for name, member in session._pool.members.items() if member.doing in ("free", "work")}
+
+
 def until(session: ServerSession, done: Callable[[], bool]) -> None:
     """Let the session hear its members until something is so."""
     end_s = time.monotonic() + IDLE_S
@@ -150,6 +155,7 @@ def test_asynchronous_training_goes_on_whoever_is_lost(overlap: bool) -> None:
         what, gone, gap_s, last_s = "", "", 0.0, time.monotonic()
         healthy = 0  # steps since all was well again
         alone = 0  # steps while a worker was frozen
+        before: tuple[set[str], int] = set(), 0  # the last fault
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             while faults or healthy < 50:
@@ -162,6 +168,8 @@ def test_asynchronous_training_goes_on_whoever_is_lost(overlap: bool) -> None:
             assert tau >= 0
             if gone and gone not in session._pool.members and all_follow(session):
                 print(f"{gone} is replaced; the longest time without an update was {gap_s:.3f} s")
+                if what == "server killed":  # what was under way cost no worker its process
+                    assert (names_of(session), session.repeats) == before
                 gone, healthy = "", 0
             workers = [m for m in session._pool.members.values() if m.doing in ("free", "work")]
             alone += bool(gone) and what == "worker frozen"
@@ -173,6 +181,7 @@ def test_asynchronous_training_goes_on_whoever_is_lost(overlap: bool) -> None:
                 os.kill(pid_of(session, gone), signal.SIGSTOP if "frozen" in what else signal.SIGKILL)
                 print(what, end=": ")
                 gap_s, healthy, last_s = 0.0, 0, time.monotonic()
+                before = names_of(session), session.repeats
         handed_out = line.handed_out - 1  # one was traced with
         assert len(losses) == handed_out
         assert alone > 3  # updates went on without it

@@ -34,7 +34,7 @@ class _Failed:
     lost: frozenset[int]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Begun:
     """A call that runs by itself, or has. found: what the shards answered, or how it failed."""
 
@@ -59,7 +59,8 @@ class ShardAccess:
         self._later: deque[Message] = deque()  # came while a shard was waited for
         self._clients: list[list[ShardClient]] = [[] for _ in range(ways)]
         self._last: list[Future[Any] | None] = [None] * ways
-        self._failed = [False] * ways  # a call that was begun there, and waits for `finish` to ask again
+        self._begun: deque[Begun] = deque()  # on the last way, in their order; not finished
+        self._failed = False  # one of these, and the shards' answers to it are still owed: `finish` asks again
         self._threads = [ThreadPoolExecutor(1, f"way {way}") for way in range(1, ways)]
         for clients in self._clients:
             for shard in range(len(addresses)):
@@ -90,18 +91,29 @@ class ShardAccess:
         """The same on the last way, after what was begun there before; `finish` gives the answer. With one way alone
         it is done now."""
         way = len(self._clients) - 1
-        found: Future[list[Any] | _Failed]
+        begun = Begun(ask, way, Future())
         if way:
-            found = self._threads[way - 1].submit(self._attempt_behind, ask, way)
-            self._last[way] = found
+            self._submit(begun)
+            self._begun.append(begun)
         else:
-            found = Future()
-            found.set_result(self.call(ask))
-        return Begun(ask, way, found)
+            begun.found.set_result(self.call(ask))
+        return begun
 
     def finish(self, begun: Begun) -> list[Any]:
-        """Wait for it, in the order of `begin`. A shard that was lost meanwhile is asked again from here."""
-        return self._found(begun.found.result(), begun.ask, begun.way)
+        """Wait for it, and for what was begun before it. A shard that was lost meanwhile is asked again from here."""
+        while begun in self._begun:
+            first = self._begun.popleft()
+            found = first.found.result()
+            if isinstance(found, _Failed):
+                answers = self._found(found, first.ask, first.way)
+                first.found = Future()
+                first.found.set_result(answers)
+                self._failed = False
+                for later in self._begun:  # did not run
+                    self._submit(later)
+        answer = begun.found.result()
+        assert not isinstance(answer, _Failed)
+        return answer
 
     # -- shards that are lost -------------------------------------------------------------------------------------
 
@@ -117,11 +129,15 @@ class ShardAccess:
                 raise  # refused
             return _Failed(error, lost)
 
+    def _submit(self, begun: Begun) -> None:
+        begun.found = self._threads[begun.way - 1].submit(self._attempt_behind, begun.ask, begun.way)
+        self._last[begun.way] = begun.found
+
     def _attempt_behind(self, ask: Ask, way: int) -> list[Any] | _Failed:
-        if self._failed[way]:
+        if self._failed:  # another call would take the place of the one that is to be asked again
             return _Failed(WorkerError("what was begun before it has failed"), frozenset())
         found = self._attempt(ask, way)
-        self._failed[way] = isinstance(found, _Failed)
+        self._failed = isinstance(found, _Failed)
         return found
 
     def _found(self, found: list[Any] | _Failed, ask: Ask, way: int) -> list[Any]:
@@ -136,7 +152,6 @@ class ShardAccess:
                 lost = {number for number in lost if not clients[number].connected}
             self._await(way)
             found = self._attempt(ShardClients.go_on if found.lost else ask, way)
-        self._failed[way] = False
         return found
 
     def _client(self, shard: int) -> ShardClient:
