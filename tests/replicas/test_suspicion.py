@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millrace.replicas.suspicion import Watched
+from millrace.replicas.suspicion import GROUP_WAITS, WAITING_MAY, Watched
 
 times = st.lists(st.floats(0.01, 0.9), min_size=1, max_size=30)
 
@@ -50,6 +50,21 @@ def test_one_who_beats_without_getting_on_is_stuck_after_its_time(within_s: floa
         late.excused(within_s * 1.01),
     ):
         assert excuse.suspicion(within_s * 1.01 + min(0.09, within_s * 0.9)) is None
+
+
+@given(within_s=st.floats(0.1, 20.0))
+def test_who_waits_for_others_is_suspected_after_who_does_not_and_after_its_group_gave_up(within_s: float) -> None:
+    began = Watched(0.0).expected(0.0, within_s)
+
+    def suspected(waits: bool, now_s: float) -> bool:
+        return began.beaten(now_s, 0, "all-reduce of step 4", waits).suspicion(now_s) is not None
+
+    assert suspected(False, 1.01 * within_s)
+    for waited in (1.01, GROUP_WAITS * 1.1):
+        assert not suspected(True, waited * within_s)
+    assert suspected(True, 1.01 * WAITING_MAY * within_s)
+    moved = began.beaten(within_s, 1, "all-reduce of step 4", True).beaten(1.5 * within_s, 2, "updating", False)
+    assert moved.beaten(2.51 * within_s, 2, "updating", False).suspicion(2.51 * within_s) is not None
 
 
 def test_one_of_whom_nothing_is_expected_may_idle_as_long_as_it_beats() -> None:

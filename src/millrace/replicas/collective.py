@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -122,6 +122,10 @@ class Group(abc.ABC):
         for tensor, values in zip(own, dense, strict=True):
             if tensor.data_ptr() != values.data_ptr():
                 tensor.copy_(values)
+
+    def limit_waits(self, timeout_s: float) -> None:
+        """From the next call on, wait so long for the other ranks."""
+        self._patience = replace(self._patience, timeout_s=timeout_s)
 
     def abandon(self) -> None:
         """Give the group up: it raises from now on. Tensors that are being reduced must not be used again."""

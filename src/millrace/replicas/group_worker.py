@@ -97,7 +97,7 @@ class _GroupWorker:
         fields = message.fields
         generation, rank, size = fields["generation"], fields["rank"], fields["size"]
         self._leave()
-        self._line.progress(f"forming generation {generation} as rank {rank} of {size}")
+        self._line.progress(f"forming generation {generation} as rank {rank} of {size}", waits=True)
         kind = SharedGroup if fields["one_host"] else partial(GlooGroup, host=self._line.host or LOOPBACK)
         with _collective():
             self._group = kind(
@@ -132,11 +132,12 @@ class _GroupWorker:
         if group.rank == 0:
             self._line.progress(f"fetching the variables for step {step}")
             versions = self._shards.call(lambda shards: shards.fetch(self._held, step))
-        self._line.progress(f"waiting for the variables of step {step}")
+        group.limit_waits(fields["group_timeout_s"])
+        self._line.progress(f"waiting for the variables of step {step}", waits=True)
         with _collective():
             group.broadcast([self._held[name] for name in sorted(self._held)], 0)
         sums, found = self._compute(message)
-        self._line.progress(f"adding up the gradients of step {step}")
+        self._line.progress(f"adding up the gradients of step {step}", waits=True)
         with _collective():
             group.all_reduce([sums[name] for name in sorted(sums) if sums[name].is_floating_point()], 1.0)
         told: dict[str, Any] = {"pushed": [], "versions": [], "tau": None, "late": False}

@@ -300,7 +300,7 @@ class Hub:
         messages, more = member.beat.read()
         for message in messages:
             said = message.fields
-            member.watched = member.watched.beaten(time.monotonic(), said["progress"], said["doing"])
+            member.watched = member.watched.beaten(time.monotonic(), said["progress"], said["doing"], said["waits"])
         if not more:  # the line will end as well, or its silence shows
             self._drop(member.beat)
             member.beat = None

@@ -19,6 +19,7 @@ from millrace.replicas.rendezvous import Rendezvous
 from millrace.replicas.server_session import ServerSession
 from millrace.replicas.server_worker import FEED
 from millrace.replicas.settings import Hybrid
+from millrace.replicas.suspicion import GROUP_WAITS
 from millrace.replicas.worker import VARIABLE
 from millrace.runtime.messages import Message
 
@@ -82,7 +83,10 @@ class HybridSession(ServerSession):
     def _tell(self, member: str, kind: str, fields: dict[str, Any]) -> None:
         if kind == "form":
             hosts = {self._hosts[name] for name in fields.pop("members")}
-            fields |= {"one_host": len(hosts) == 1, "timeout_s": self._within_s("step")}
+            fields |= {
+                "one_host": len(hosts) == 1,
+                "timeout_s": GROUP_WAITS * min(self._within_s("form"), self._within_s("step")),
+            }
         super()._tell(member, kind, fields)
 
     def _batch(self, member: str, fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -100,7 +104,8 @@ class HybridSession(ServerSession):
             "keys": [key for key, _, _ in parts.values()],
             "numbers": [step * self._replicas + slice_ for slice_ in parts],  # of the streams of random numbers
             "weights": [size / total for _, _, size in parts.values()],
-            "timeout_s": self._times.patience_s / 2,
+            "timeout_s": self._times.patience_s / 2,  # of a shard
+            "group_timeout_s": GROUP_WAITS * self._within_s("step"),
         }
         tensors = {
             f"{slice_}/{FEED}{name}": feed for slice_, (_, feeds, _) in parts.items() for name, feed in feeds.items()

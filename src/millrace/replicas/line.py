@@ -38,7 +38,7 @@ class Line:
         self._saying = threading.Lock()
         self._heard: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._abandoned = -1
-        self._progress = (0, "")
+        self._progress = (0, "", False)
         self._counting = threading.Lock()
         for work in (self._listen, self._keep_beating):
             threading.Thread(target=_or_end, args=(work,), name=work.__name__, daemon=True).start()
@@ -66,10 +66,13 @@ class Line:
         """
         return self._abandoned >= generation
 
-    def progress(self, doing: str = "") -> None:
-        """Count that something was done, and say what is begun now: a few words for whoever reads that it got stuck."""
+    def progress(self, doing: str = "", *, waits: bool = False) -> None:
+        """Count that something was done, and say what is begun now: a few words for whoever reads that it got stuck.
+
+        Args: waits: whether it gets on only with other members.
+        """
         with self._counting:
-            self._progress = (self._progress[0] + 1, doing)
+            self._progress = (self._progress[0] + 1, doing, waits)
 
     def _listen(self) -> None:
         while True:
@@ -80,8 +83,9 @@ class Line:
 
     def _keep_beating(self) -> None:
         while True:
-            count, doing = self._progress
-            send(self._beat, Message("beat", {"progress": count, "doing": doing}), LONGEST_WAIT_S, _DRIVER)
+            count, doing, waits = self._progress
+            fields = {"progress": count, "doing": doing, "waits": waits}
+            send(self._beat, Message("beat", fields), LONGEST_WAIT_S, _DRIVER)
             time.sleep(BEAT_S)
 
 

@@ -37,6 +37,7 @@ from millrace.replicas.rendezvous import Rendezvous
 from millrace.replicas.settings import LocalSteps, Travel
 from millrace.replicas.slices import examples_in, sizes_of, wholes_of
 from millrace.replicas.stages import early_stages
+from millrace.replicas.suspicion import GROUP_WAITS
 from millrace.replicas.worker import GRAPH, UPDATE, VARIABLE
 from millrace.runtime.messages import Message
 from millrace.runtime.ranges import check_ranges
@@ -248,7 +249,7 @@ class ReplicatedSession(MembersSession):
         tensors: dict[str, Tensor] = {}
         if kind == "role":
             self._given[member] = set()
-            fields |= {"role": "worker", "compile": self._compile, "timeout_s": self._times.patience_s}
+            fields |= {"role": "worker", "compile": self._compile}
             fields |= {"stages": self._stages, "travel": asdict(self._travel)}
             fields["devices"] = self._devices.as_fields() if self._devices else None
             fields |= {"store": asdict(self._rendezvous.address), "rule": asdict(self._rule) if self._rule else None}
@@ -259,6 +260,7 @@ class ReplicatedSession(MembersSession):
             self._handed_out = handed_out
             own = {number: self._slices[number] for number in fields["slices"]}
             fields |= {"keys": {str(number): one.key for number, one in own.items()}, "batches": self._batches}
+            fields["timeout_s"] = GROUP_WAITS * self._within_s(kind)
             tensors = {
                 f"{number}/{place}/{name}": feed
                 for number, one in own.items()
@@ -269,6 +271,7 @@ class ReplicatedSession(MembersSession):
                 self._load(member, key)
         elif kind == "form":  # all of a group are told so at once
             fields["one_host"] = len({self._hosts[worker] for worker in self._given}) == 1
+            fields["timeout_s"] = GROUP_WAITS * self._within_s(kind)
         self._hub.send(member, Message(kind, fields, tensors))
 
     def _variables_for(self, committed: int) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """When a member is to be taken for lost although its connection stands: pure, and told the time.
 
-Frozen: no beat for BEAT_LATE_S. Stuck: it beats, but what is expected of it does not come forward.
+Frozen: no beat for BEAT_LATE_S. Stuck: it beats, but what is expected of it does not come forward. Who waits for other
+members has longer for that: first one who does not wait is suspected, then the wait itself ends (`GROUP_WAITS`).
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from dataclasses import dataclass, replace
 
 BEAT_S = 0.1  # between two beats of a member
 BEAT_LATE_S = 1.0
+# Times as long as a member may show no progress:
+GROUP_WAITS = 1.5  # a member waits for the others of its group, before it says that this is broken
+WAITING_MAY = 2.0  # it may show no progress itself while it waits
 
 
 @dataclass(frozen=True)
 class Watched:
     """What is known of a member. Times are of one clock, in seconds.
 
-    beat_s: its last beat. progress: what the beat counted. doing: what it said it was doing.
+    beat_s: its last beat. progress: what the beat counted. doing: what it said it was doing. waits: for other members.
     moved_s: when it last said something, counted on, or was first expected to. within_s: how long it may take for
     that, None for as long as it likes.
     """
@@ -25,11 +29,12 @@ class Watched:
     doing: str = ""
     moved_s: float = 0.0
     within_s: float | None = None
+    waits: bool = False
 
-    def beaten(self, now_s: float, progress: int, doing: str) -> Watched:
+    def beaten(self, now_s: float, progress: int, doing: str, waits: bool = False) -> Watched:
         """After a beat."""
         moved_s = now_s if progress != self.progress else self.moved_s
-        return replace(self, beat_s=now_s, progress=progress, doing=doing, moved_s=moved_s)
+        return replace(self, beat_s=now_s, progress=progress, doing=doing, waits=waits, moved_s=moved_s)
 
     def said(self, now_s: float) -> Watched:
         """After a message, which is progress."""
@@ -47,7 +52,10 @@ class Watched:
         """Why it must be taken for lost, or None."""
         if now_s - self.beat_s > beat_late_s:
             return f"stopped (no sign of life for {beat_late_s:.1f} s)"
-        if self.within_s is not None and now_s - self.moved_s > self.within_s:
+        if self.within_s is None:
+            return None
+        within_s = self.within_s * (WAITING_MAY if self.waits else 1.0)
+        if now_s - self.moved_s > within_s:
             doing = f" while doing {self.doing}" if self.doing else ""
-            return f"stuck: no progress for {self.within_s:.3g} s{doing}"
+            return f"stuck: no progress for {within_s:.3g} s{doing}"
         return None

@@ -63,7 +63,7 @@ class _Worker:
         self._state = WorkerState()
         self._role = role
         self._group: Group | None = None
-        self._one_host = False  # all of the group
+        self._form: Fields = {}  # what the driver said of the last group
         self._feeds: Message | None = None  # of the step in flight
         self._results: Results | None = None
         self._slices: tuple[int, ...] = ()  # whose results those are
@@ -100,7 +100,7 @@ class _Worker:
                 if message.kind == "step":
                     self._feeds = message
                 elif message.kind == "form":
-                    self._one_host = message.fields["one_host"]
+                    self._form = message.fields
                 self._handle(Told(message.kind, message.fields))
 
     def _handle(self, event: WorkerEvent | None) -> None:
@@ -125,13 +125,13 @@ class _Worker:
     def _do(self, command: WorkerCommand) -> WorkerEvent | None:
         match command:
             case FormGroup(generation, rank, size):
-                self._line.progress(f"forming generation {generation} as rank {rank} of {size}")
+                self._line.progress(f"forming generation {generation} as rank {rank} of {size}", waits=True)
                 self._group = self._new_group(generation, rank, size)
             case Broadcast(_, source, behind, _):
                 assert self._group is not None
                 own = self._replica.variables
                 self._staged = {n: torch.empty_like(t) for n, t in own.items()} if self._group.rank in behind else {}
-                self._line.progress("taking all variables" if self._staged else "giving all variables")
+                self._line.progress("taking all variables" if self._staged else "giving all variables", waits=True)
                 taken = self._staged or own
                 self._group.broadcast([taken[name] for name in sorted(taken)], source)
             case Adopt(generation, step):
@@ -145,7 +145,7 @@ class _Worker:
             case AllReduce(generation, step):
                 assert self._results is not None
                 assert self._reduction is not None
-                self._line.progress(f"adding up the gradients of step {step}")
+                self._line.progress(f"adding up the gradients of step {step}", waits=True)
                 results = self._results
                 for names in results.stages[results.begun :]:
                     self._reduction.add([results.means[name] for name in names])
@@ -172,9 +172,9 @@ class _Worker:
         address = StoreAddress(**fields["store"])
         settings: dict[str, Any] = {
             "abandoned": lambda: self._line.abandoned(generation),
-            "timeout_s": fields["timeout_s"],
+            "timeout_s": self._form["timeout_s"],
         }
-        fits = self._one_host and travel.wire is None
+        fits = self._form["one_host"] and travel.wire is None
         if travel.transport == "shared_memory" or (travel.transport is None and fits):
             return SharedGroup(address, generation, rank, size, **settings)
         host = self._line.host or LOOPBACK
@@ -193,6 +193,7 @@ class _Worker:
                     batches[int(batch)][feed] = tensor
             parts.append(Slice(number, keys[str(number)], weight, tuple(batches)))
         assert self._group is not None
+        self._group.limit_waits(self._feeds.fields["timeout_s"])
         overlap = self._travel.overlap
         overlaps = isinstance(self._group, GlooGroup) if overlap is None else overlap
         self._reduction = Reduction(self._group, self._thread)

@@ -36,7 +36,6 @@ FREE, FORMING, ADOPTING, READY = "free", "forming", "adopting", "ready"
 COMPUTING, REDUCING, UPDATING, BROKEN = "computing", "reducing", "updating", "broken"
 WRITING = frozenset({ADOPTING, UPDATING})  # the variables are being changed: never broken off
 IN_COLLECTIVE = frozenset({FORMING, COMPUTING, REDUCING})  # COMPUTING: a shell may reduce early what is ready early
-WAITS_FOR_PEERS = frozenset({FORMING, REDUCING})  # no progress here is not this worker's fault
 
 
 class WorkerState:
