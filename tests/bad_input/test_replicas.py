@@ -40,7 +40,7 @@ def examples(count: int) -> tuple[Tensor, Tensor]:
 def trained(data: Any, of: Any = loss, **settings: Any) -> tuple[dict[str, Tensor], Result]:
     torch.manual_seed(0)
     net = nn.Linear(4, 3).double()
-    result = fit(net, data, loss=of, optimizer=torch.optim.SGD(net.parameters(), lr=0.1), **QUIET, **settings)
+    result = fit(net, data, loss=of, optimizer=torch.optim.SGD(net.parameters(), lr=0.1), **{**QUIET, **settings})
     return {name: value.detach().clone() for name, value in net.state_dict().items()}, result
 
 
@@ -58,6 +58,14 @@ def test_data_that_does_not_divide_trains_as_without_replicas(count: int) -> Non
     together, result = trained(batches, epochs=2, run_dir=False, replicas=2, spares=0)
     assert same(alone, together)
     assert result.steps == 2 * -(-count // 5)
+
+
+def test_replicas_without_examples_are_told_of(capfd: pytest.CaptureFixture[str]) -> None:
+    _, result = trained(examples(4), batch_size=2, steps=2, run_dir=False, replicas=3, spares=0, progress=True)
+    assert result.steps == 2
+    assert "a batch of 2 examples has a slice for no more than 2 of 3 replicas" in " ".join(
+        capfd.readouterr().err.split()
+    )
 
 
 # -- a step that fails in one replica --------------------------------------------------------------------------------

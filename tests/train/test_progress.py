@@ -98,7 +98,7 @@ def test_elsewhere_a_plain_line_comes_now_and_then_and_at_the_end() -> None:
                 progress.message("compiled in 3.2 s [inductor], swapped in at step 30")
     lines = printed(console).splitlines()
     assert "\x1b" not in printed(console)
-    assert lines[0] == "step 1/60  0:30 left  loss 2  2 steps/s  20 examples/s"
+    assert lines[0] == "step 1/60  loss 2"  # what it took says nothing of the others
     assert lines[-1] == "step 60/60  0:30 taken  loss 2  2 steps/s  20 examples/s"
     assert lines.count("compiled in 3.2 s [inductor], swapped in at step 30") == 1
     assert len(lines) == 5  # at 0.5, 10.5, 20.5 and 30 s, and the message

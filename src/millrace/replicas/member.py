@@ -11,6 +11,7 @@ import importlib
 import os
 import socket
 import sys
+import tempfile
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,6 +53,7 @@ def main(arguments: list[str]) -> int:
     if asked.memory_bytes is not None:
         hold_to(asked.memory_bytes)
     line = _call_driver(asked.name, os.environ)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(line.directory)  # what a killed process leaves goes with the run
     while True:
         message = line.next(LONGEST_WAIT_S)
         if message is None or message.kind != "role":

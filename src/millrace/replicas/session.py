@@ -201,7 +201,10 @@ class ReplicatedSession(MembersSession):
                 by_slice[number] = {n.removeprefix(prefix): t for n, t in beside.items() if n.startswith(prefix)}
         there = [number for number in sorted(by_slice) if number < len(sizes)]
         if done.missing:
-            self._say(f"step {done.step}: the results of slices {list(done.missing)} were lost with their worker")
+            self._say(
+                f"step {done.step} is done, but what slices {list(done.missing)} count for in its loss and metrics was "
+                "lost with their worker"
+            )
         if not there:
             return made
         parts, shares = [by_slice[n] for n in there], [sizes[n] for n in there]

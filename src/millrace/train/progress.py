@@ -52,6 +52,7 @@ class Progress:
         self._display = _choose_display(console or Console(stderr=True)) if enabled else None
         self._step = self._observed_step = self._drawn_step = first_step
         self._examples = 0
+        self._has_stepped = False
         self._epoch: int | None = None
         self._values: Mapping[str, SupportsFloat] = {}
         self._start_s = self._next_draw_s = clock()
@@ -100,6 +101,10 @@ class Progress:
         if epoch is not None:
             self._epoch = epoch
         now_s = self._clock()
+        if not self._has_stepped:  # tracing and the start of processes say nothing of how quick steps are
+            self._has_stepped = True
+            self._meter.skip_to(now_s)
+            self._observed_step, self._examples = step, 0
         if now_s >= self._next_draw_s:
             self._draw(now_s)
 

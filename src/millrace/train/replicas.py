@@ -53,6 +53,8 @@ class ReplicaRun(Callback):
         Raises: SettingError for a step that cannot be trained so.
         """
         update = update_of(self._plan.update)
+        self._tell_of_idle_replicas(update, graph)
+        self._say(f"starting {processes(update, self._plan.replicas or 1, self._plan.spares)} processes")
         directory = ScratchDirectory()
         path = Path(directory.name)
         launcher = self._launcher(path)
@@ -72,6 +74,15 @@ class ReplicaRun(Callback):
             hub.close()
             directory.cleanup()
             raise
+
+    def _tell_of_idle_replicas(self, update: Update, graph: Graph) -> None:
+        replicas = self._plan.replicas or 1
+        sizes = [feed.spec.shape[0] for feed in graph.feeds if feed.spec.shape]
+        if sizes and replicas > min(sizes) and not isinstance(update, Async):
+            self._say(
+                f"a batch of {min(sizes)} examples has a slice for no more than {min(sizes)} of {replicas} replicas; "
+                'the others are idle. Take larger batches, fewer replicas, or update="async".'
+            )
 
     def completed(self, result: Result) -> Result:
         """The result of the run, with what is known of its updates."""
