@@ -11,6 +11,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from millrace.cli.main import COMMANDS, FAILED, INTERRUPTED, OK, TRACEBACK, USAGE, main
+from millrace.cli.train import parsed
 from millrace.errors import SettingError
 from millrace.graph.save import load_graph
 from millrace.train.callbacks import Callback
@@ -293,3 +294,14 @@ def test_graph_as_text_summary_and_files(tmp_path: Path, monkeypatch: pytest.Mon
     assert str(load_graph(tmp_path / "step.safetensors")) == text.rstrip("\n")
     assert main(["graph", "digits", "--out", str(tmp_path / "none" / "step.svg")]) == FAILED
     assert "Choose another place" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_over_other_replicas_in_its_own_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, arguments in (("one", ["--replicas", "2", "--update", "hybrid", "--groups", "3"]), ("two", [])):
+        RunDirectory.create(Path("runs"), name, {"arguments": arguments}).close("interrupted", 0)
+    again = parsed(["--resume", "one", "--replicas", "4"])
+    assert (again.update, again.groups) == ("hybrid", 3)
+    assert parsed(["--resume", "one", "--replicas", "4", "--update", "async"]).update == "async"
+    assert parsed(["--resume", "one"]).update == "sync"  # in one process
+    assert parsed(["--resume", "two", "--replicas", "4"]).update == "sync"

@@ -82,7 +82,9 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     )
     options.add_argument("--replicas", type=int, metavar="N", help="train in N processes, each with a slice of a batch")
     options.add_argument(
-        "--update", default="sync", metavar="WAY", help="how they agree: sync, async, hybrid, local_steps (sync)"
+        "--update",
+        metavar="WAY",
+        help="how they agree: sync, async, hybrid, local_steps (sync; of a resumed run: its own)",
     )
     options.add_argument(
         "--room-within", type=float, metavar="SECONDS", help="how long a cluster may take to find room for them (30)"
@@ -97,13 +99,18 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
         options.error("a TASK is needed (`millrace tasks` lists them), or --resume RUN")
     if given.resume is not None and given.run_dir is not None:
         options.error("--run-dir is for new runs; --resume RUN goes on in RUN")
-    if given.replicas is None and (given.update != "sync" or given.chaos or given.room_within):
+    if given.replicas is None and (given.update not in (None, "sync") or given.chaos or given.room_within):
         options.error("--update, --chaos and --room-within are for replicas: give --replicas N")
     if given.replicas is None and given.cluster is not None and not Path(given.cluster).exists():
         options.error(
             f"--cluster {given.cluster}: there is no such cluster file. To train on a Ray cluster say over how many "
             f"processes, by --replicas N; to have the whole run there: millrace submit … --cluster {given.cluster}"
         )
+    if given.update is None:
+        again = given.resume is not None and given.replicas is not None
+        given.update = _kept(given.resume, "--update", "sync") if again else "sync"
+        if given.update == "hybrid" and given.groups is None:
+            given.groups = int(_kept(given.resume, "--groups", str(Hybrid().groups)))
     if given.groups is not None and given.update != "hybrid":
         options.error("--groups N is for --update hybrid")
     if given.replicas is None and given.devices is not None and given.cluster is not None:
@@ -116,6 +123,12 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
             f"--on, --wire, --microbatches and --time-chunks are for several devices: give --devices N{others}"
         )
     return given
+
+
+def _kept(run: str, option: str, default: str) -> str:
+    """What a run was last given for an option."""
+    arguments = list(find_run(run).config.get("arguments", []))
+    return str(arguments[arguments.index(option) + 1]) if option in arguments else default
 
 
 def _division(given: argparse.Namespace) -> Division:
