@@ -31,6 +31,13 @@ MEMBER = "millrace.replicas.member"
 HERE = Path(__file__).parent
 
 
+@pytest.fixture(autouse=True, scope="module")
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let the process that members are forked from be there before open files are counted."""
+    with contextlib.closing(ProcessLauncher(MEMBER, [], 1, tmp_path_factory.mktemp("first"))) as launcher:
+        launcher.start("first", environment("unix:/nowhere", TOKEN, HERE))
+
+
 class Run:
     """A hub and what it was heard to say. refused: of strangers."""
 
