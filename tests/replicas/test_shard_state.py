@@ -49,7 +49,7 @@ def test_two_workers_and_two_shards(policy: str, victim: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [pytest.param(p, marks=[pytest.mark.long] * (p != "sync")) for p in POLICIES])
 def test_two_workers_one_of_them_lost_and_two_shards(policy: str) -> None:
     assert Explorer(POLICIES[policy], shards=2, victim="worker").explore() > 10_000
 

@@ -101,6 +101,8 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
         options.error("--run-dir is for new runs; --resume RUN goes on in RUN")
     if given.replicas is None and (given.update not in (None, "sync") or given.chaos or given.room_within):
         options.error("--update, --chaos and --room-within are for replicas: give --replicas N")
+    if given.replicas is None and given.devices is not None and given.cluster is not None:
+        options.error("--devices N makes workers of this machine, --cluster FILE lists them: give one of the two")
     if given.replicas is None and given.cluster is not None and not Path(given.cluster).exists():
         options.error(
             f"--cluster {given.cluster}: there is no such cluster file. To train on a Ray cluster say over how many "
@@ -113,8 +115,6 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
             given.groups = int(_kept(given.resume, "--groups", str(Hybrid().groups)))
     if given.groups is not None and given.update != "hybrid":
         options.error("--groups N is for --update hybrid")
-    if given.replicas is None and given.devices is not None and given.cluster is not None:
-        options.error("--devices N makes workers of this machine, --cluster FILE lists them: give one of the two")
     no_devices = given.devices is None and (given.cluster is None or given.replicas is not None)
     wire = given.wire and given.replicas is None  # what replicas say to each other can be narrowed, too
     if no_devices and (given.on or wire or given.microbatches > 1 or given.time_chunks > 1):
