@@ -258,6 +258,7 @@ def test_a_first_step_is_timed_in_a_fresh_process_from_the_call_of_fit(tmp_path:
     assert 0 < fit.seconds[0] < 60
 
 
+@pytest.mark.long
 @pytest.mark.slow  # three processes that import torch, one of them compiles
 def test_a_quick_run_measures_the_same_work(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.setattr(command, "save", lambda *_: pytest.fail("a quick run keeps nothing"))

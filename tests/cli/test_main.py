@@ -126,7 +126,7 @@ def test_wrong_names_and_values(arguments: str, message: str, in_tmp: Path, caps
         ("train digits --room-within 3", "are for replicas"),
         ("train digits --replicas 2 --microbatches 2", "for several devices: give --devices N\n"),
         ("train digits --wire bfloat16", "give --devices N or --cluster FILE"),
-        ("train digits --devices 2 --cluster x.json", "no such cluster file"),
+        ("train digits --cluster x.json", "no such cluster file"),
         ("predict run", "required: FILE"),
         ("eval", "required: RUN"),
     ],

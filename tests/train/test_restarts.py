@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+import signal
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -50,16 +52,20 @@ class Fault(Callback):
                 self._steps.remove(step)
 
 
+def end(session: AnyReplicas, members: Iterable[str]) -> None:
+    """Kill them all before any can take another step."""
+    pids = [session._hub._launcher.pids[member] for member in members]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
 def everybody(session: AnyReplicas) -> None:
-    for member in session.members:
-        session.kill(member)
+    end(session, session.members)
 
 
 def shard_and_copy(session: AnyReplicas) -> None:
     assert isinstance(session, ServerSession)
-    for place in session._pool.places:
-        session.kill(place.holder)
-        session.kill(place.copy)
+    end(session, [member for place in session._pool.places for member in (place.holder, place.copy)])
 
 
 def run(monkeypatch: pytest.MonkeyPatch, fault: Fault, **settings: Any) -> tuple[Result, dict[str, torch.Tensor]]:
