@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
 
-from millrace.child_process import Child, modules_path, start_module
+from millrace.child_process import Child, modules_path, show_as, start_module
 
 _LENGTH = struct.Struct("<I")
 _PID = struct.Struct("<i")
@@ -34,8 +34,7 @@ _GO = b"\0"
 _MOST_DESCRIPTORS = 16
 _IMPORT_TIMEOUT_S = 180.0  # on a machine that may be busy
 _FORK_TIMEOUT_S = 20.0
-_PR_SET_NAME, _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 15, 36, 37
-_NAME_BYTES = 15
+_PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37
 # Names of settings that libraries read when they are imported: a server that has read others is of no use any more.
 _SETTINGS = ("CUDA", "GLOO", "KMP", "LD_", "MILLRACE", "MKL", "NCCL", "OMP", "OPENBLAS", "PYTHON", "TORCH", "TRITON")
 
@@ -273,7 +272,7 @@ def _be_grandchild(pid_write: int, go_read: int) -> None:
 
 def _become(request: Mapping[str, Any], descriptors: Sequence[int]) -> None:
     """Be the process that was asked for."""
-    _call_this_process(request["module"])
+    show_as(request["module"].rpartition(".")[2])  # the command line stays the server's
     os.chdir(request["directory"])
     os.environ.clear()
     os.environ.update(request["environment"])
@@ -290,12 +289,6 @@ def _become(request: Mapping[str, Any], descriptors: Sequence[int]) -> None:
         sys.modules["numpy"].random.seed()
     sys.argv = [request["module"], *request["arguments"]]
     runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
-
-
-def _call_this_process(module: str) -> None:
-    """Name it for `ps -o comm`; its command line stays the server's."""
-    last = module.rpartition(".")[2]
-    ctypes.CDLL(None).prctl(_PR_SET_NAME, last.encode()[:_NAME_BYTES])
 
 
 if __name__ == "__main__":
