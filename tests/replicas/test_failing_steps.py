@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.replicas.failing_operator import DIRECTORY, fragile
+from bench.fragile import DIRECTORY, fragile
 from tests.replicas.real_session import session_over
 from torch import Tensor, nn
 
@@ -31,13 +31,13 @@ def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     directory = tmp_path / "faults"
     directory.mkdir()
     monkeypatch.setenv(DIRECTORY, str(directory))
-    monkeypatch.syspath_prepend(Path(__file__).parent)
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
     return directory
 
 
 def members_in(*arguments: str) -> Callable[[Path], Launcher]:
     return lambda directory: ProcessLauncher(
-        "millrace.replicas.member", ["--imports", "failing_operator", *arguments], 1, directory
+        "millrace.replicas.member", ["--imports", "bench.fragile", *arguments], 1, directory
     )
 
 
