@@ -144,7 +144,7 @@ class SmallPool:
         if isinstance(wish, ev.Wanted):
             can = not driver.asked and (not driver.steps if self.scope.sizes.sync else driver.room > 0)
         else:
-            can = not driver.asked and (not driver.steps or isinstance(wish, ev.FlushWanted))
+            can = not driver.asked and (not driver.steps or isinstance(wish, ev.FlushWanted | protocol.Resized))
         if can:
             yield f"driver wants {wish}", self._drive(world._replace(wishes=world.wishes + 1), wish), False
 

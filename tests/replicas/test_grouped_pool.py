@@ -11,8 +11,20 @@ from tests.replicas.small_pool import Scope
 from tests.replicas.test_pool import told
 
 from millrace.replicas.grouped_pool import GroupedPool
-from millrace.replicas.pool_events import Done, PoolCommand, Sizes, Wanted
-from millrace.replicas.protocol import Expect, Failed, Fields, Joined, Lost, ReadWanted, Said, StartMembers, Story, Tell
+from millrace.replicas.pool_events import Done, Kill, PoolCommand, Sizes, Wanted
+from millrace.replicas.protocol import (
+    Expect,
+    Failed,
+    Fields,
+    Joined,
+    Lost,
+    ReadWanted,
+    Resized,
+    Said,
+    StartMembers,
+    Story,
+    Tell,
+)
 
 
 class Driver:
@@ -114,6 +126,26 @@ def test_a_push_that_is_told_while_the_group_is_being_left_counts() -> None:
     assert driver.pool.repeats == 0
 
 
+def test_groups_are_added_and_taken_away() -> None:
+    driver = Driver(2, 2, spares=0)
+    (start,) = [c for c in driver.hears(Resized(3)) if isinstance(c, StartMembers)]
+    assert start.count == 2
+    formed = told(driver.hears(Joined("m5"), Joined("m6")), "form")
+    assert [(c.member, c.fields["rank"], c.fields["size"]) for c in formed] == [("m5", 0, 2), ("m6", 1, 2)]
+    batches = told(driver.hears(Wanted(0), Wanted(1), Wanted(2)), "batch")
+    assert {b.member for b in batches} == {f"m{number}" for number in range(1, 7)}
+    driver.hears(*driver.done(batches, "m5"))
+    assert not [c for c in driver.hears(Resized(1)) if isinstance(c, Kill)]  # they are at work
+    ended = driver.hears(*driver.done(batches, "m2", "m4", "m6"))
+    assert {Done(1, (0,)), Done(2, (0,))} <= {c for c in ended if isinstance(c, Done)}
+    assert {c.member for c in ended if isinstance(c, Kill)} == {"m2", "m4", "m5", "m6"}
+    assert not driver.hears(*(Lost(name, "killed") for name in ("m2", "m4", "m5", "m6")))
+    assert driver.pool.losses == driver.pool.repeats == 0
+    driver.hears(*driver.done(batches, "m1", "m3"))
+    assert parts(told(driver.hears(Wanted(3)), "batch")) == [("m1", 3, (0,)), ("m3", 3, (1,))]
+    assert driver.pool.complete
+
+
 def test_a_group_that_breaks_again_and_again_ends_the_run() -> None:
     driver = Driver(1, 2, spares=0, max_losses=3)
     driver.hears(Wanted(0))
@@ -135,11 +167,13 @@ SCOPES = {
     "a group of three, a crash": Scope(Sizes(1, 1, False, 0, group=3), STEPS[:1], crashes=1),
     "formed: two groups, of which one works, a crash": Scope(Sizes(1, 2, False, 0, group=2), STEPS[:1], crashes=1),
     "formed: two groups, a crash": Scope(Sizes(1, 2, False, 0, group=2), STEPS[:2], crashes=1),
+    "formed: a group more, a crash": Scope(Sizes(1, 1, False, 0, group=2), (Resized(2), Wanted(0)), crashes=1),
+    "formed: a group less, a crash": Scope(Sizes(1, 2, False, 0, group=2), (Wanted(0), Resized(1)), crashes=1),
     "a shard with a copy, a crash": Scope(Sizes(1, 1, True, 0, group=2), STEPS[:1], crashes=1),
 }
 
 
-LONG = ("formed: a group of two, two crashes", "formed: two groups, a crash")
+LONG = ("formed: a group more, a crash", "formed: a group of two, two crashes", "formed: two groups, a crash")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long if n in LONG else ()) for n in SCOPES])

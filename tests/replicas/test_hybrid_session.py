@@ -18,7 +18,7 @@ import millrace
 from millrace.graph.graph import TRAIN, Graph
 from millrace.graph.training import training_graph
 from millrace.replicas.hybrid_session import HybridSession
-from millrace.replicas.settings import Async, Hybrid, Sync, Update
+from millrace.replicas.settings import Async, Hybrid, Sync, Travel, Update
 
 
 def all_formed(session: HybridSession, size: int) -> bool:
@@ -54,6 +54,44 @@ def test_one_group_is_sync_and_groups_of_one_are_async(hybrid: Hybrid, replicas:
         assert train(session, "images", 6) == pytest.approx(expected, rel=1e-9)
         for name, value in values_of(session).items():
             torch.testing.assert_close(value, final[name], rtol=1e-9, atol=1e-9)
+
+
+def test_groups_narrow_their_gradients_as_collective_replicas_do() -> None:
+    """The same bits as theirs, and others than without."""
+    graph = step_graph("mlp", "adamw")
+    narrow = Travel(wire="bfloat16")
+    with session_over(graph, Sync(), 2, travel=narrow) as session:
+        expected, final = train(session, "numbers", 6), values_of(session)
+    for travel in (narrow, Travel(transport="gloo")):
+        with session_over(graph, Hybrid(groups=1, copies=False), 2, travel=travel) as session:
+            until(session, lambda: all_formed(session, 2))
+            assert (train(session, "numbers", 6) == expected) == (travel is narrow)
+            same = [torch.equal(value, final[name]) for name, value in values_of(session).items()]
+            assert all(same) == (travel is narrow)
+
+
+def test_groups_are_added_and_taken_away_while_it_runs() -> None:
+    """Every batch is done once, in the middle of a stream or between two; a member of a new group is killed."""
+    line = Line()
+    graph = line.graph()
+    with session_over(graph, Hybrid(groups=1), 2, spares=0) as session:
+        until(session, lambda: session.complete and all_formed(session, 2))
+        session.resize(3)
+        until(session, lambda: session.complete and all_formed(session, 2))
+        assert len(session.workers) == 6
+        wanted = [(20, 1), (40, 4), (80, 2)]
+        taken = 0
+        for _ in session.stream([TRAIN], (line.batch() for _ in range(120))):
+            taken += 1
+            if wanted and taken == wanted[0][0]:
+                session.resize(wanted.pop(0)[1])
+            if taken == 60:
+                os.kill(pid_of(session, session._pool.groups["g4"].members[-1]), signal.SIGKILL)
+        until(session, lambda: session.complete and all_formed(session, 2) and len(session.workers) == 4)
+        assert taken == 120
+        assert 120 <= session.staleness.total() <= 120 + session.repeats
+        assert session.repeats <= 1
+        torch.testing.assert_close(session.read("weight"), line.truth.T, rtol=0.1, atol=0.1)
 
 
 def test_a_lost_member_stops_its_group_alone() -> None:

@@ -143,6 +143,14 @@ def test_workers_that_are_too_many_finish_and_push_before_they_end() -> None:
     assert not driver.pool.repeats
 
 
+def test_workers_that_are_not_needed_are_no_losses() -> None:
+    driver = running(workers=30)
+    ended = [c.member for c in driver.hears(Resized(1)) if isinstance(c, Kill)]
+    assert len(ended) == 29
+    assert not driver.hears(*(Lost(name, "killed") for name in ended))
+    assert driver.pool.losses == 0
+
+
 def test_more_workers_are_started_and_given_the_role() -> None:
     driver = running(workers=1)
     count = driver.pool.sizes.spares

@@ -1,16 +1,17 @@
 """The role of a member of a group of workers over parameter servers.
 
-The group works at one batch, its members at slices of it. The first fetches the variables and gives them to the others:
-if all fetched, the updates of other groups in between could give them different versions, and their sum would be the
-gradient of no point. The members add up their gradients, and the first pushes the sum, as one worker would.
+The group works at one batch, its members at slices of it. The first fetches the variables (of tables, the rows that the
+batch names) and gives them to the others: if all fetched, the updates of other groups in between could give them
+different versions, and their sum would be the gradient of no point. The members add up their gradients, and the first
+pushes the sum, as one worker would.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,17 +19,20 @@ from torch import Tensor
 
 from millrace.errors import WorkerError
 from millrace.graph.save import graph_from_bytes
+from millrace.replicas.batch_rows import BatchRows, Named
+from millrace.replicas.choose_group import form_group
 from millrace.replicas.collective import Group
 from millrace.replicas.divided import NEW, DividedPrograms
-from millrace.replicas.gloo_group import GlooGroup
-from millrace.replicas.line import LOOPBACK, Line
-from millrace.replicas.programs import as_bytes, pieces_beside
+from millrace.replicas.group_rows import add_rows, fill, rows_of_all
+from millrace.replicas.line import Line
+from millrace.replicas.programs import INDICES, as_bytes, pieces_beside
 from millrace.replicas.rendezvous import StoreAddress
 from millrace.replicas.replica import Gradients
 from millrace.replicas.server_client import Receipt
 from millrace.replicas.server_worker import FEED, FETCH
+from millrace.replicas.settings import Travel
 from millrace.replicas.shard_access import ShardAccess
-from millrace.replicas.shared_group import SharedGroup
+from millrace.replicas.shard_store import Rows
 from millrace.replicas.worker import GRAPH, VARIABLE
 from millrace.runtime.messages import Message
 
@@ -42,17 +46,45 @@ class _Broken(Exception):
     """The collective failed: nothing can be done before the driver has decided."""
 
 
+@dataclass(frozen=True)
+class _Slice:
+    """slice: its place in the batch. number: of its stream of random numbers. named: the rows that it looks up."""
+
+    slice: int
+    key: int
+    number: int
+    weight: float
+    feeds: Mapping[str, Tensor]
+    named: Named
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Gradients of a batch: of variables whole, and of rows of tables."""
+
+    dense: Mapping[str, Tensor]
+    rows: Mapping[str, Rows]
+
+    @property
+    def reduced(self) -> list[Tensor]:
+        """What is added up over the group."""
+        whole = [self.dense[name] for name in sorted(self.dense) if self.dense[name].is_floating_point()]
+        return whole + [self.rows[name].values for name in sorted(self.rows)]
+
+
 class _GroupWorker:
     """held: the variables that shards hold are the programs' own memory, which every fetch or broadcast fills."""
 
     def __init__(self, line: Line, role: Message) -> None:
         fields = role.fields
         self._line = line
-        self._store = StoreAddress(**fields["store"])
+        self._store, self._travel = StoreAddress(**fields["store"]), Travel(**fields["travel"])
         self._shards = ShardAccess(line, fields["addresses"], fields["timeout_s"])
         specs = {name: spec for client in self._shards.clients for name, spec in client.variables.items()}
         self._held = {n: torch.empty(specs[n].shape, dtype=specs[n].dtype) for n in fields["held"]}
         self._taken = {name: spec for client in self._shards.clients for name, spec in client.gradients.items()}
+        self._tables = {name: spec for client in self._shards.clients for name, spec in client.tables.items()}
+        self._rows = BatchRows(self._tables)
         own = {n.removeprefix(VARIABLE): t for n, t in role.tensors.items()}
         settings: dict[str, Any] = {"compile": fields["compile"], "say": self._log}
         divided = DividedPrograms(fields["devices"], line, **settings) if fields["devices"] else None
@@ -84,7 +116,10 @@ class _GroupWorker:
 
     def _load(self, message: Message) -> None:
         graph = graph_from_bytes(as_bytes(message.tensors[GRAPH]))
-        self._gradients.load(message.fields["key"], graph, pieces_beside(message.tensors))
+        key = message.fields["key"]
+        self._gradients.load(key, graph, pieces_beside(message.tensors))
+        if INDICES in message.tensors:
+            self._rows.load(key, graph_from_bytes(as_bytes(message.tensors[INDICES])))
 
     def _take(self, message: Message) -> None:
         for name, value in message.tensors.items():
@@ -98,16 +133,8 @@ class _GroupWorker:
         generation, rank, size = fields["generation"], fields["rank"], fields["size"]
         self._leave()
         self._line.progress(f"forming generation {generation} as rank {rank} of {size}", waits=True)
-        kind = SharedGroup if fields["one_host"] else partial(GlooGroup, host=self._line.host or LOOPBACK)
         with _collective():
-            self._group = kind(
-                self._store,
-                generation,
-                rank,
-                size,
-                abandoned=lambda: self._line.abandoned(generation),
-                timeout_s=fields["timeout_s"],
-            )
+            self._group = form_group(self._line, self._store, fields, self._travel)
         self._line.say(Message("formed", {"generation": generation}))
 
     def _abandon(self, message: Message) -> None:
@@ -128,18 +155,13 @@ class _GroupWorker:
         step = fields["step"]
         self._take(message)
         self._shards.timeout_s = fields["timeout_s"]
-        versions: list[int] = []
-        if group.rank == 0:
-            self._line.progress(f"fetching the variables for step {step}")
-            versions = self._shards.call(lambda shards: shards.fetch(self._held, step))
         group.limit_waits(fields["group_timeout_s"])
-        self._line.progress(f"waiting for the variables of step {step}", waits=True)
-        with _collective():
-            group.broadcast([self._held[name] for name in sorted(self._held)], 0)
-        sums, found = self._compute(message)
+        slices = self._slices(message)
+        fetched, versions = self._fetch(group, step, [one.named for one in slices], fields["lookups"])
+        sums, found = self._compute(step, slices, fetched)
         self._line.progress(f"adding up the gradients of step {step}", waits=True)
         with _collective():
-            group.all_reduce([sums[name] for name in sorted(sums) if sums[name].is_floating_point()], 1.0)
+            group.all_reduce(sums.reduced, 1.0)
         told: dict[str, Any] = {"pushed": [], "versions": [], "tau": None, "late": False}
         if group.rank == 0:
             self._line.progress(f"pushing the gradients of step {step}")
@@ -147,31 +169,63 @@ class _GroupWorker:
         told |= {"generation": group.generation, "step": step, "slices": fields["slices"]}
         self._line.say(Message("done", {**told, "tier": self._gradients.tier}, found))
 
-    def _compute(self, message: Message) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Returns: the sums of gradients, weighted, and what is to stand beside the answer."""
-        fields = message.fields
-        sums = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in self._taken.items()}
-        found: dict[str, Tensor] = {}
+    def _slices(self, message: Message) -> list[_Slice]:
+        fields, found = message.fields, []
         for slice_, key, number, weight in zip(
             fields["slices"], fields["keys"], fields["numbers"], fields["weights"], strict=True
         ):
-            self._line.progress(f"computing slice {slice_} of step {fields['step']}")
             prefix = f"{slice_}/{FEED}"
             feeds = {n.removeprefix(prefix): t for n, t in message.tensors.items() if n.startswith(prefix)}
-            values = self._gradients.values(number, key, feeds)
-            for name, total in sums.items():
+            found.append(_Slice(slice_, key, number, weight, feeds, self._rows.named(key, feeds)))
+        return found
+
+    def _fetch(
+        self, group: Group, step: int, named: Sequence[Named], lookups: Sequence[Mapping[str, int]]
+    ) -> tuple[dict[str, Rows], list[int]]:
+        """Have the variables of a batch, and the rows that the group names.
+
+        Returns: the rows; at the first the version of each shard.
+        """
+        versions: list[int] = []
+        if self._tables:
+            self._line.progress(f"telling the rows of step {step}", waits=True)
+        with _collective():
+            rows = rows_of_all(group, named, lookups, self._tables)
+        if group.rank == 0:
+            self._line.progress(f"fetching the variables for step {step}")
+            versions = self._shards.call(lambda shards: shards.fetch(self._held, step, rows))
+        self._line.progress(f"waiting for the variables of step {step}", waits=True)
+        with _collective():
+            group.broadcast([*(self._held[n] for n in sorted(self._held)), *(rows[n].values for n in sorted(rows))], 0)
+        return rows, versions
+
+    def _compute(
+        self, step: int, slices: Sequence[_Slice], fetched: Mapping[str, Rows]
+    ) -> tuple[_Sums, dict[str, Tensor]]:
+        """Returns: the sums of gradients, weighted, and what is to stand beside the answer."""
+        dense = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in self._taken.items()}
+        sums = _Sums(dense, {name: Rows(r.rows, torch.zeros_like(r.values)) for name, r in fetched.items()})
+        found: dict[str, Tensor] = {}
+        for one in slices:
+            self._line.progress(f"computing slice {one.slice} of step {step}")
+            fill(one.named, fetched)
+            values = self._gradients.values(one.number, one.key, {**one.feeds, **one.named.feeds})
+            add_rows(sums.rows, self._rows.gradients(one.named, values), one.weight)
+            for name, total in dense.items():
                 value = values.pop(name)
                 if value.is_floating_point():
-                    total.add_(value, alpha=weight)
-                elif slice_ == 0:
+                    total.add_(value, alpha=one.weight)
+                elif one.slice == 0:
                     total.copy_(value)
-            found |= {f"{slice_}/{n if n.startswith(NEW) else FETCH + n}": value for n, value in values.items()}
+            found |= {f"{one.slice}/{n if n.startswith(NEW) else FETCH + n}": value for n, value in values.items()}
         return sums, found
 
-    def _push(self, sums: dict[str, Tensor], step: int, versions: list[int]) -> dict[str, Any]:
+    def _push(self, sums: _Sums, step: int, versions: list[int]) -> dict[str, Any]:
         self._sequence += 1
         sequence = self._sequence
-        receipts: list[Receipt] = self._shards.call(lambda shards: shards.push(sums, sequence, step, versions))
+        receipts: list[Receipt] = self._shards.call(
+            lambda shards: shards.push(sums.dense, sequence, step, versions, rows=sums.rows)
+        )
         return {
             "pushed": [(step, 0)],
             "versions": [receipt.version for receipt in receipts],

@@ -63,12 +63,9 @@ class GroupedPool(Pool):
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__(sizes)
-        self.groups = {f"g{number}": Group(("",) * sizes.group) for number in range(sizes.workers)}
-        self.members |= {name: Member(ROLE) for name in self.groups}
+        self.groups: dict[str, Group] = {}
+        self.named = 0  # how many groups there were
         self.generation = -1
-
-    def _leaving(self) -> list[str]:
-        return []  # groups stay as many as they are
 
     # -- events ---------------------------------------------------------------------------------------------------
 
@@ -117,6 +114,13 @@ class GroupedPool(Pool):
     # -- deciding -------------------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
+        if self.failed:
+            return
+        while len(self.groups) < self.sizes.workers:
+            name, self.named = f"g{self.named}", self.named + 1
+            self.groups[name] = Group(("",) * self.sizes.group)
+            self._set(name, Member(ROLE))
+        self._dismiss()
         for group in self.groups:
             if not self.failed:
                 self._advance(group)
@@ -141,7 +145,8 @@ class GroupedPool(Pool):
 
     def _should_wait(self, group: Group) -> bool:
         """Whether somebody will soon be ready for whom it is better to wait than to form a smaller group."""
-        first = group.generation < 0 and self.starting > 0 and not self.losses and "" in group.seats
+        coming = self.starting > 0 or bool(self._spare())
+        first = group.generation < 0 and coming and not self.losses and "" in group.seats
         return not group.formed and (first or READY in group.owes.values())
 
     def _form(self, group: str) -> None:
@@ -155,10 +160,23 @@ class GroupedPool(Pool):
             told = {"generation": self.generation, "rank": rank, "size": len(formed), "members": formed}
             self._tell(name, "form", told)
 
+    def _dismiss(self) -> None:
+        """A group that is too many ends with all its members when it is not at a batch."""
+        for group in self._leaving():
+            if self.members[group].doing in (ROLE, FREE):
+                self._story(f"{group} is not needed any more")
+                for name in self.groups.pop(group).members:
+                    self._end(name)
+                del self.members[group]
+
     def _fill_workers(self) -> None:
         """Every group gets its first member before any gets its second."""
+        leaving = self._leaving()
         empty = [
-            (place, group) for group, found in self.groups.items() for place, seat in enumerate(found.seats) if not seat
+            (place, group)
+            for group, found in self.groups.items()
+            for place, seat in enumerate(found.seats)
+            if not seat and group not in leaving
         ]
         for place, group in sorted(empty):
             if not self._all_up() or not (name := self._spare()):
@@ -177,8 +195,10 @@ class GroupedPool(Pool):
         elif kind == "batch":
             self.groups[name] = group.owing(DONE, *group.formed)
             seats = [group.seats.index(member) for member in group.formed]
-            for member, slices in zip(group.formed, share_slices(seats, self.sizes.group), strict=True):
-                super()._tell(member, kind, {**(fields or {}), "generation": group.generation, "slices": slices})
+            shares = share_slices(seats, self.sizes.group)
+            told = {**(fields or {}), "generation": group.generation, "shares": shares}
+            for member, slices in zip(group.formed, shares, strict=True):
+                super()._tell(member, kind, {**told, "slices": slices})
         else:
             for member in group.members:
                 super()._tell(member, kind, fields)

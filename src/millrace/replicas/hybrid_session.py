@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any, Unpack
 
 from torch import Tensor
 
-from millrace.errors import SettingError
 from millrace.graph.graph import Graph
 from millrace.replicas.grouped_pool import GroupedPool
 from millrace.replicas.hub import Hub
 from millrace.replicas.members_session import MembersSettings
 from millrace.replicas.open_step import OpenStep
+from millrace.replicas.protocol import Resized
 from millrace.replicas.rendezvous import Rendezvous
 from millrace.replicas.server_session import ServerSession
 from millrace.replicas.server_worker import FEED
-from millrace.replicas.settings import Hybrid
+from millrace.replicas.settings import Hybrid, Travel
 from millrace.replicas.suspicion import GROUP_WAITS
 from millrace.replicas.worker import VARIABLE
 from millrace.runtime.messages import Message
@@ -29,8 +29,8 @@ class HybridSession(ServerSession):
 
     A step is one batch, of which every replica of a group computes a slice.
 
-    Args: rendezvous: where the members of a group find each other; the session closes it. replicas: in each group. The
-        others are those of `ServerSession`.
+    Args: rendezvous: where the members of a group find each other; the session closes it. replicas: in each group.
+        travel: how gradients do inside a group. The others are those of `ServerSession`.
     """
 
     def __init__(
@@ -42,9 +42,10 @@ class HybridSession(ServerSession):
         *,
         replicas: int,
         spares: int = 1,
+        travel: Travel | None = None,
         **settings: Unpack[MembersSettings],
     ) -> None:
-        self._rendezvous = rendezvous
+        self._rendezvous, self._travel = rendezvous, travel or Travel()
         super().__init__(graph, hub, update, replicas=replicas, spares=spares, **settings)
 
     def _new_pool(self) -> GroupedPool:
@@ -57,8 +58,10 @@ class HybridSession(ServerSession):
         super().begin_again()
 
     def resize(self, replicas: int) -> None:
-        """Not possible: groups stay as many, and as large, as they are. Raises: SettingError."""
-        raise SettingError(f"{replicas} replicas: groups keep their size while they run. Resume the run with as many.")
+        """From now on have so many groups, each as large as they are. More are started and fetch the variables from the
+        servers, or the last ones end when they have pushed what they are at."""
+        self._sizes = replace(self._sizes, workers=replicas)
+        self._decide(Resized(replicas))
 
     def close(self) -> None:
         """End the processes; what they hold of the variables goes with them."""
@@ -78,7 +81,7 @@ class HybridSession(ServerSession):
             step.results[slice_] = found
 
     def _worker_settings(self) -> dict[str, Any]:
-        return {"store": asdict(self._rendezvous.address)}
+        return {"store": asdict(self._rendezvous.address), "travel": asdict(self._travel)}
 
     def _tell(self, member: str, kind: str, fields: dict[str, Any]) -> None:
         if kind == "form":
@@ -100,6 +103,7 @@ class HybridSession(ServerSession):
             self._load(member, key)
         self._began_s[member] = time.monotonic()
         fields |= {
+            "lookups": [self._lookups(wanted, share) for share in fields.pop("shares")],
             "slices": list(parts),
             "keys": [key for key, _, _ in parts.values()],
             "numbers": [step * self._replicas + slice_ for slice_ in parts],  # of the streams of random numbers
@@ -111,3 +115,8 @@ class HybridSession(ServerSession):
             f"{slice_}/{FEED}{name}": feed for slice_, (_, feeds, _) in parts.items() for name, feed in feeds.items()
         }
         return fields, tensors | {VARIABLE + name: value for name, value in wanted.given.items()}
+
+    def _lookups(self, step: OpenStep, slices: Sequence[int]) -> Mapping[str, int]:
+        """How many indices of each table a member has with these slices of the batch."""
+        keys = [step.parts[slice_][0] for slice_ in slices if slice_ < len(step.parts)]
+        return {table: sum(self._programs.lookups(key)[table] for key in keys) for table in self.tables}

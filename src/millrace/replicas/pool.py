@@ -45,7 +45,9 @@ from millrace.replicas.protocol import (
 Work: TypeAlias = tuple[int, int]  # step, slice
 
 # What a member is doing, as the driver knows it: the last four are workers.
-SPARE, SHARD, ENDING, ROLE, FREE, WORK, FLUSH = "spare", "shard", "ending", "role", "free", "work", "flush"
+# One that leaves is ending because it is not needed any more, and no loss.
+SPARE, SHARD, ENDING, LEAVING = "spare", "shard", "ending", "leaving"
+ROLE, FREE, WORK, FLUSH = "role", "free", "work", "flush"
 WORKERS = (ROLE, FREE, WORK, FLUSH)
 
 # A shard's process, and that of its copy.
@@ -129,7 +131,7 @@ class Pool:
         """Whether all shards, their copies, workers and spares are there and ready."""
         copied = all(place.copy_state == FOLLOWING for place in self.places) or not self.sizes.copies
         workers = len(self._of(FREE, WORK, FLUSH)) == self.sizes.workers
-        return self._all_up() and copied and workers and len(self._of(SPARE)) == self.sizes.spares
+        return self._all_up() and copied and workers and len(self._of(SPARE)) >= self.sizes.spares
 
     def start(self) -> list[PoolCommand]:
         """What to do before the first event."""
@@ -195,7 +197,8 @@ class Pool:
             self._give_back(member)
             for shard in range(self.sizes.servers):
                 self._lost_of_shard(shard, name, why)
-        self._count_loss(f"{name}: {why}")
+        if member is None or member.doing != LEAVING:
+            self._count_loss(f"{name}: {why}")
 
     def _count_loss(self, what: str) -> None:
         self.losses += 1
@@ -233,7 +236,7 @@ class Pool:
 
     def _said(self, name: str, kind: str, fields: Fields) -> None:
         member = self.members.get(name)
-        ending = member is not None and member.doing == ENDING
+        ending = member is not None and member.doing in (ENDING, LEAVING)
         if member is None or (ending and kind not in ("copied", "uncopied")):  # these say what its copy is worth
             self._story(f"dropped {kind!r} of {name}: it is gone, or going")
         elif member.doing in (SHARD, ENDING):
@@ -353,7 +356,7 @@ class Pool:
             self._give_role(name, ROLE, {"role": "server_worker", "addresses": [p.address for p in self.places]})
 
     def _start_missing(self) -> None:
-        alive = sum(member.doing != ENDING for member in self.members.values())
+        alive = sum(member.doing not in (ENDING, LEAVING) for member in self.members.values())
         missing = self._total() - alive - self.starting
         if missing > 0:
             self.starting += missing
@@ -372,7 +375,7 @@ class Pool:
                 self._tell(name, "flush")
                 self._set(name, replace(member, doing=FLUSH))
             elif member.doing == FREE:
-                self._kill(name, "it is not needed any more")
+                self._end(name)
 
     def _go_on_asking(self) -> None:
         """Ask every shard that can be asked; the next holder of one that was lost is asked again."""
@@ -473,10 +476,14 @@ class Pool:
         self._commands.append(Tell(name, kind, fields or {}))
 
     def _kill(self, name: str, why: str) -> None:
-        if self.members[name].doing != ENDING:
+        if self.members[name].doing not in (ENDING, LEAVING):
             self._set(name, replace(self.members[name], doing=ENDING))
             self._story(f"{name} is to end: {why}")
             self._commands.append(Kill(name, why))
+
+    def _end(self, name: str) -> None:
+        self._kill(name, "it is not needed any more")
+        self._set(name, replace(self.members[name], doing=LEAVING))
 
     def _fail(self, reason: str, variables_lost: bool = False) -> None:
         self.failed = True

@@ -46,6 +46,7 @@ class Programs:
         self._keys: dict[Key, int] = {}  # by the shape of a slice
         self._contents: dict[int, Tensor] = {}
         self._beside: dict[int, dict[str, Tensor]] = {}  # what travels with a program
+        self._lookups: dict[int, dict[str, int]] = {}
 
     def of(self, feeds: Sequence[Tensor]) -> tuple[int, dict[str, Tensor]]:
         """The number of the program for a slice of this shape, and the slice's feeds by name.
@@ -87,6 +88,8 @@ class Programs:
         if self._tables:
             found = fetched_rows(cut, self._tables)
             self._beside[number] = {INDICES: as_tensor(graph_bytes(found.indices))}
+            shapes = {feed.name: feed.spec.shape for feed in found.gradients.feeds}
+            self._lookups[number] = {table.name: shapes[table.places_feed][0] for table in found.tables}
             return found.gradients
         parts = self._parts_of(cut)
         divided = microbatch(cut.gradients, parts)
@@ -114,6 +117,10 @@ class Programs:
     def beside(self, number: int) -> dict[str, Tensor]:
         """What travels with it: where there are tables, the graph that says which rows a slice names; pieces."""
         return self._beside.get(number, {})
+
+    def lookups(self, number: int) -> dict[str, int]:
+        """How many indices a slice of this program has for each table."""
+        return self._lookups.get(number, {})
 
 
 def as_tensor(content: bytes) -> Tensor:

@@ -30,10 +30,10 @@ class RowPlan:
         return [f"the table {name!r} travels whole in every step: {why}" for name, why in self.whole.items()]
 
 
-def row_plan(cut: Halves, parts: Sequence[Shard]) -> RowPlan:
+def row_plan(cut: Halves, parts: Sequence[Shard], all_whole: str = "") -> RowPlan:
     """Take every table whose rows can be fetched, and for which an update of rows is the update of the whole table.
 
-    Args: parts: `shards` of the update of `cut`.
+    Args: parts: `shards` of the update of `cut`. all_whole: why workers can have no rows, if they cannot.
     """
     tables: list[str] = []
     whole: dict[str, str] = {}
@@ -42,7 +42,7 @@ def row_plan(cut: Halves, parts: Sequence[Shard]) -> RowPlan:
     for name, reason in looked_up(cut).items():
         part, height = parts[holders[name]], cut.gradients.variable(name).spec.shape[0]
         count = lookups_in(cut, name)
-        why = reason or why_not_idle(part.graph, name)
+        why = reason or all_whole or why_not_idle(part.graph, name)
         if not why and count >= height:
             why = f"a batch looks {count} rows up, and it has {height}"
         if not why:

@@ -14,7 +14,6 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from millrace.errors import SettingError
 from millrace.graph.graph import TRAIN, Graph
 from millrace.graph.passes.halves import halves
 from millrace.graph.passes.shards import shards
@@ -50,6 +49,7 @@ from millrace.runtime.ranges import check_ranges
 STALENESS = "staleness"
 
 _CONTROL_S = 120.0  # for taking a role, sending a copy all it is to have, reading and writing all variables
+_WHOLE = "a replica that is divided over devices is given all variables"
 _GRACE_S = 3.0  # a worker whose shard does not answer says so before it is itself taken for stuck
 
 
@@ -83,18 +83,10 @@ class ServerSession(MembersSession):
     ) -> None:
         super().__init__(graph, hub, **settings)
         whole = halves(graph)
-        self.tables: tuple[str, ...] = ()
-        self._shards = shards(whole.update, update.parameter_servers)
-        if not isinstance(update, Hybrid):  # only one of a group fetches, and it does not see what the others look up
-            plan = row_plan(whole, self._shards)
-            for note in plan.notes:
-                self._say(note)
-            self._shards, self.tables = plan.shards, plan.tables
-        if self.tables and self._devices:
-            raise SettingError(
-                f"{self.tables[0]!r} is on servers, and workers get only the rows that a batch names. That is not "
-                "possible in replicas of several devices: leave devices out, or train by collectives."
-            )
+        plan = row_plan(whole, shards(whole.update, update.parameter_servers), _WHOLE if self._devices else "")
+        for note in plan.notes:
+            self._say(note)
+        self._shards, self.tables = plan.shards, plan.tables
         self._programs = Programs(graph, self._reader, tables=self.tables, **self._divided)
         self._exchanged = {feed.name for feed in whole.exchanged}
         self._fetches = {TRAIN, *whole.gradients.fetches} - self._exchanged

@@ -150,11 +150,12 @@ def update_of(given: str | Update) -> Update:
 
 def check_wire(update: Update, transport: str | None, wire: Mapping[str, str] | str | None) -> None:
     """Whether replicas can agree over this. Raises: SettingError that says what they can."""
-    over_servers = isinstance(update, Async | Hybrid) or (isinstance(update, Sync) and bool(update.parameter_servers))
+    over_servers = isinstance(update, Async) or (isinstance(update, Sync) and bool(update.parameter_servers))
     if over_servers and not (transport is None and wire is None):
         raise SettingError(
             f"transport={transport!r} and wire={wire!r} are for replicas that add up their gradients by collectives; "
-            'parameter servers choose their own way and narrow nothing. Leave both out, or take update="sync".'
+            "parameter servers choose their own way and narrow nothing. Leave both out, or take "
+            'update="sync" or update="hybrid".'
         )
     if wire not in (None, WIRE):
         raise SettingError(

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from millrace.errors import WorkerError
 from millrace.graph.save import graph_from_bytes
+from millrace.replicas.choose_group import form_group
 from millrace.replicas.collective import Group
 from millrace.replicas.divided import DividedPrograms
 from millrace.replicas.gloo_group import GlooGroup
-from millrace.replicas.line import LOOPBACK, Line
+from millrace.replicas.line import Line
 from millrace.replicas.local_replica import LocalReplica
 from millrace.replicas.programs import as_bytes, pieces_beside
 from millrace.replicas.protocol import (
@@ -45,7 +46,6 @@ from millrace.replicas.rendezvous import StoreAddress
 from millrace.replicas.replica import Computed as Results
 from millrace.replicas.replica import Replica, Slice
 from millrace.replicas.settings import LocalSteps, Travel
-from millrace.replicas.shared_group import SharedGroup
 from millrace.replicas.worker_state import WorkerState
 from millrace.runtime.messages import LONGEST_WAIT_S, Message
 
@@ -126,7 +126,9 @@ class _Worker:
         match command:
             case FormGroup(generation, rank, size):
                 self._line.progress(f"forming generation {generation} as rank {rank} of {size}", waits=True)
-                self._group = self._new_group(generation, rank, size)
+                store = StoreAddress(**self._role.fields["store"])
+                form = {**self._form, "generation": generation, "rank": rank, "size": size}
+                self._group = form_group(self._line, store, form, self._travel)
             case Broadcast(_, source, behind, _):
                 assert self._group is not None
                 own = self._replica.variables
@@ -166,19 +168,6 @@ class _Worker:
             case Story(text):
                 self._log(text)
         return None
-
-    def _new_group(self, generation: int, rank: int, size: int) -> Group:
-        fields, travel = self._role.fields, self._travel
-        address = StoreAddress(**fields["store"])
-        settings: dict[str, Any] = {
-            "abandoned": lambda: self._line.abandoned(generation),
-            "timeout_s": self._form["timeout_s"],
-        }
-        fits = self._form["one_host"] and travel.wire is None
-        if travel.transport == "shared_memory" or (travel.transport is None and fits):
-            return SharedGroup(address, generation, rank, size, **settings)
-        host = self._line.host or LOOPBACK
-        return GlooGroup(address, generation, rank, size, host=host, wire=travel.wire, **settings)
 
     def _compute(self, step: int, slices: Sequence[int], weights: Sequence[float]) -> None:
         assert self._feeds is not None

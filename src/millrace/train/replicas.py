@@ -132,24 +132,14 @@ class ReplicaRun(Callback):
         if isinstance(update, Async) or (isinstance(update, Sync) and update.parameter_servers):
             return ServerSession(graph, hub, update, replicas=plan.replicas, spares=plan.spares, **settings)
         rendezvous = Rendezvous(where.split(":")[1]) if where else Rendezvous()
+        wire = plan.wire if isinstance(plan.wire, str) else None
+        travel = Travel(plan.transport, wire, update.overlap if isinstance(update, Sync) else None)
+        numbers: dict[str, int] = {"replicas": plan.replicas, "spares": plan.spares}
         try:
             if isinstance(update, Hybrid):
-                return HybridSession(
-                    graph, hub, rendezvous, update, replicas=plan.replicas, spares=plan.spares, **settings
-                )
+                return HybridSession(graph, hub, rendezvous, update, travel=travel, **numbers, **settings)
             local = update if isinstance(update, LocalSteps) else None
-            wire = plan.wire if isinstance(plan.wire, str) else None
-            travel = Travel(plan.transport, wire, update.overlap if isinstance(update, Sync) else None)
-            return ReplicatedSession(
-                graph,
-                hub,
-                rendezvous,
-                local=local,
-                replicas=plan.replicas,
-                spares=plan.spares,
-                travel=travel,
-                **settings,
-            )
+            return ReplicatedSession(graph, hub, rendezvous, local=local, travel=travel, **numbers, **settings)
         except BaseException:
             rendezvous.close()
             raise
