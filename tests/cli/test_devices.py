@@ -69,8 +69,8 @@ def test_a_cluster_file_is_shown_with_units(in_tmp: Path, capsys: Captured) -> N
         assert cell in rows["/host:1/cpu:0"]
     assert "cuda" in rows["/host:0/gpu:0"]
     first, second = links.splitlines()[1:]
-    assert first.split() == ["/host:0/*", "/host:0/*", "5.0", "us", "200", "GB/s", "no"]
-    assert second.split() == ["*", "*", "10.0", "us", "12", "GB/s", "yes"]
+    assert first.split() == ["/host:0/*", "/host:0/*", "5.0", "us", "200", "GB/s", "no", "free"]
+    assert second.split() == ["*", "*", "10.0", "us", "12", "GB/s", "yes", "free"]
 
 
 def test_what_is_written_is_the_same_cluster(in_tmp: Path, capsys: Captured) -> None:

@@ -205,7 +205,8 @@ def big_embedding(microbatches: int = 1) -> Problem:
 def problems(
     draw: st.DrawFn, groups: int = 6, tasks: int = 14, devices: int = 4, tight: bool = False, forbid: bool = True
 ) -> Problem:
-    """Any graph of tasks: integer bytes, so that sums are exact in any order; some tensors are narrowed on the wire."""
+    """Any graph of tasks: integer bytes, so that sums are exact in any order; some tensors are narrowed on the
+    wire, and some devices send without a wire, by themselves."""
     D = draw(st.integers(1, devices))
     G = draw(st.integers(1, groups))
     T = draw(st.integers(G, tasks))
@@ -230,4 +231,6 @@ def problems(
     apart = ~np.eye(D, dtype=bool)
     problem.latency_s_DD[apart] = random.uniform(1e-5, 1e-3, D * D - D)
     problem.bytes_per_s_DD[apart] = random.uniform(1e4, 1e6, D * D - D)
+    if draw(st.booleans()):  # some senders do the work of sending
+        problem.wire_DD[random.random(D) < 0.5] = -1
     return problem

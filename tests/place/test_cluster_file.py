@@ -26,7 +26,8 @@ def clusters(draw: st.DrawFn) -> Cluster:
         kind, memory = draw(st.sampled_from(["cpu", "cuda"])), draw(st.integers(1, 2**50))
         threads, busy = draw(st.integers(1, 64)), draw(st.dictionaries(st.sampled_from(RATE_KEYS), positive))
         devices.append(Device(f"/host:0/d:{index}", kind, memory, rates, draw(positive), threads, busy))
-    return Cluster(tuple(devices), (Link("*", "*", draw(positive), draw(positive), draw(st.booleans())),))
+    shared, sender_copies = draw(st.sampled_from([(False, False), (True, False), (False, True)]))
+    return Cluster(tuple(devices), (Link("*", "*", draw(positive), draw(positive), shared, sender_copies),))
 
 
 @given(clusters())
@@ -63,6 +64,7 @@ def test_the_example_of_the_documentation() -> None:
         (TWO + LINK.replace("bytes_per_s", "bandwidth"), "unknown key 'bandwidth'"),
         (TWO + LINK.replace("bytes_per_s = 1e9", ""), "bytes_per_s is missing"),
         (TWO + LINK + 'shared = "yes"\n', "shared: expected true or false, got 'yes'"),
+        (TWO + LINK + "shared = true\nsender_copies = true\n", "there is no wire to share"),
         (TWO.replace("[[device]]", "[device]") + LINK, "device: expected entries that begin with [[device]]"),
         ("links = 3\n" + TWO + LINK, "the file: unknown key 'links'. Did you mean 'link'"),
         (TWO.replace("[0-1]", "[1-0]") + LINK, "expected a rising range"),

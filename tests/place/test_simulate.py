@@ -57,9 +57,13 @@ def test_transfers_wait_for_producer_and_wire_and_readers_for_transfers(problem:
     device_T = plan.device_G[problem.group_T]
     arrived = {(t.tensor, t.target): t for t in simulated.transfers}
     assert len(arrived) == len(simulated.transfers)  # each tensor once to each device
-    free: dict[int, float] = {}
+    free: dict[object, float] = {}
     for t in simulated.transfers:
-        wire = int(problem.wire_DD[t.source, t.target])
+        wire: object = int(problem.wire_DD[t.source, t.target])
+        if wire == -1:  # the sender itself: all that it sends of a task, one after the other, and no task meanwhile
+            wire = (t.source, int(problem.producer_K[t.tensor]))
+            during_T = (simulated.start_s_T < t.end_s) & (simulated.end_s_T > t.start_s)
+            assert not during_T[device_T == t.source].any()
         assert t.start_s == max(simulated.end_s_T[problem.producer_K[t.tensor]], free.get(wire, 0.0))
         seconds = problem.latency_s_DD[t.source, t.target] + t.size_bytes / problem.bytes_per_s_DD[t.source, t.target]
         assert t.end_s == pytest.approx(t.start_s + seconds)

@@ -45,8 +45,9 @@ def table(cluster: Cluster) -> str:
         rates = [f"{d.rates[c] / 1e9:.4g} {'GB/s' if c == MEMORY else 'Gflop/s'}" for c in CLASSES]
         memory = f"{d.memory_bytes / 2**30:.1f} GiB"
         rows.append([d.name, d.kind, memory, str(d.threads), *rates, f"{d.dispatch_s * 1e6:.1f} us"])
-    links = [["from", "to", "latency", "rate", "shared"]]
+    links = [["from", "to", "latency", "rate", "shared", "sender"]]
     for k in cluster.links:
         rate, shared = f"{k.bytes_per_s / 1e9:.4g} GB/s", "yes" if k.shared else "no"
-        links.append([k.source, k.target, f"{k.latency_s * 1e6:.1f} us", rate, shared])
+        sender = "copies" if k.sender_copies else "free"
+        links.append([k.source, k.target, f"{k.latency_s * 1e6:.1f} us", rate, shared, sender])
     return aligned(rows) + ("\n\n" + aligned(links) if cluster.links else "")

@@ -77,7 +77,8 @@ class Link:
     """A way for tensors from the devices that match `source` to those that match `target` (`*` stands for anything).
 
     A transfer takes `latency_s` and its bytes at `bytes_per_s`. shared: whether all these pairs have one wire, so that
-    their transfers wait for each other; otherwise every ordered pair has its own.
+    their transfers wait for each other; otherwise every ordered pair has its own. sender_copies: whether the device
+    that sends does the work of it, and computes nothing meanwhile, as a CPU worker that copies into shared memory.
     """
 
     source: str
@@ -85,6 +86,7 @@ class Link:
     latency_s: float
     bytes_per_s: float
     shared: bool = False
+    sender_copies: bool = False
 
     def joins(self, source: str, target: str) -> bool:
         """Whether it leads from the one device to the other."""

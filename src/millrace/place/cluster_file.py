@@ -18,7 +18,7 @@ from millrace.place.presets import preset_device
 _PRECISIONS = ("float64", "float32", "bfloat16", "float16")
 RATE_KEYS = [f"{c}.{p}" if p else c for c in (*CLASSES, SPECIAL) for p in ("", *_PRECISIONS)]
 _DEVICE_KEYS = ["name", "count", "like", "kind", "memory_bytes", "dispatch_s", "threads", "rates", "busy_rates"]
-_LINK_KEYS = ["source", "target", "latency_s", "bytes_per_s", "shared"]
+_LINK_KEYS = ["source", "target", "latency_s", "bytes_per_s", "shared", "sender_copies"]
 _NAME = re.compile(r"/[\w-]+:\d+/[\w-]+:\d+")
 _RANGE = re.compile(r"(.*)\[(\d+)-(\d+)\](.*)")
 _MOST_DEVICES = 4096
@@ -88,7 +88,7 @@ def to_toml(cluster: Cluster) -> str:
         parts.append(
             f"[[link]]\nsource = {_text(link.source)}\ntarget = {_text(link.target)}\n"
             f"latency_s = {float(link.latency_s)!r}\nbytes_per_s = {float(link.bytes_per_s)!r}\n"
-            f"shared = {str(link.shared).lower()}\n"
+            f"shared = {str(link.shared).lower()}\nsender_copies = {str(link.sender_copies).lower()}\n"
         )
     return "\n".join(parts)
 
@@ -170,11 +170,12 @@ def _link(entry: Mapping[str, Any], where: str, names: list[str], refuse: Refuse
             raise refuse(
                 f"{where}: {key}: no device is called, or matches, {pattern!r}. {did_you_mean(pattern, names)}"
             )
-    shared = entry.get("shared", False)
-    if not isinstance(shared, bool):
-        raise refuse(f"{where}: shared: expected true or false, got {shared!r}.")
+    shared, sender_copies = (_choice(entry, key, where, refuse) for key in ("shared", "sender_copies"))
+    if shared and sender_copies:
+        raise refuse(f"{where}: shared and sender_copies: of a sender that copies there is no wire to share. Drop one.")
     latency_s = _number(entry, "latency_s", where, refuse, zero=True)
-    return Link(source, target, latency_s, _number(entry, "bytes_per_s", where, refuse), shared)
+    bytes_per_s = _number(entry, "bytes_per_s", where, refuse)
+    return Link(source, target, latency_s, bytes_per_s, shared, sender_copies)
 
 
 def _known(entry: Mapping[str, Any], keys: list[str], where: str, refuse: Refuse) -> None:
@@ -200,6 +201,13 @@ def _whole(entry: Mapping[str, Any], key: str, where: str, refuse: Refuse) -> in
     value = _required(entry, key, where, "a whole number above 0", refuse)
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise refuse(f"{where}: {key}: expected a whole number above 0, got {value!r}.")
+    return value
+
+
+def _choice(entry: Mapping[str, Any], key: str, where: str, refuse: Refuse) -> bool:
+    value = entry.get(key, False)
+    if not isinstance(value, bool):
+        raise refuse(f"{where}: {key}: expected true or false, got {value!r}.")
     return value
 
 

@@ -192,6 +192,8 @@ def _links(cluster: Cluster) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             if s != t:
                 link = cluster.link(source.name, target.name)
                 latency[s, t], rate[s, t] = link.latency_s, link.bytes_per_s
+                if link.sender_copies:
+                    continue
                 # A wire that pairs share is shared in both directions.
                 key = cluster.links.index(link) if link.shared else (source.name, target.name)
                 wire[s, t] = wires.setdefault(key, len(wires))

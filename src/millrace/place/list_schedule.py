@@ -127,8 +127,12 @@ def list_schedule(  # type: ignore[no-untyped-def]
                     reached |= 1 << target
                     wire = wire_DD[device, target]
                     seconds = latency_s_DD[device, target] + wire_bytes_K[tensor] / bytes_per_s_DD[device, target]
-                    arrival_D[target] = max(end_s, wire_free_W[wire]) + seconds
-                    wire_free_W[wire] = arrival_D[target]
+                    if wire < 0:  # the sender itself
+                        arrival_D[target] = free_D[device] + seconds
+                        free_D[device] = arrival_D[target]
+                    else:
+                        arrival_D[target] = max(end_s, wire_free_W[wire]) + seconds
+                        wire_free_W[wire] = arrival_D[target]
                 ready_T[reader] = max(ready_T[reader], end_s if target == device else arrival_D[target])
                 waiting_T[reader] -= 1
                 if waiting_T[reader] == 0:

@@ -124,7 +124,7 @@ def local_links(ways: Mapping[str, Mapping[str, float]], host: Mapping[str, floa
         latency_s, bytes_per_s = way["latency_s"], way["bytes_per_s"]
         links += [Link(name, "*", latency_s, bytes_per_s), Link("*", name, latency_s, bytes_per_s)]
     if host is not None:
-        links.append(Link(f"{_HOST}cpu:*", f"{_HOST}cpu:*", host["latency_s"], host["bytes_per_s"]))
+        links.append(Link(f"{_HOST}cpu:*", f"{_HOST}cpu:*", host["latency_s"], host["bytes_per_s"], sender_copies=True))
     return tuple(links)
 
 

@@ -49,7 +49,9 @@ class Problem:
     memory_bytes_D: Floats
     latency_s_DD: Floats  # 0 on the diagonal
     bytes_per_s_DD: Floats  # infinite on the diagonal
-    wire_DD: Ints  # the number of the wire; transfers on one wire wait for each other; -1 on the diagonal
+    # The number of the wire; transfers on one wire wait for each other. -1: none, as the sender itself does the work
+    # and runs no task meanwhile (and on the diagonal).
+    wire_DD: Ints
     alone_s_TD: Floats | None = None  # while the other devices of the host rest; None: they do not slow each other down
     host_D: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # devices of one number share a host
 

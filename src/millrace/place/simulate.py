@@ -2,10 +2,10 @@
 
 The plain statement of the model; `evaluate.py` gets the same numbers faster. The tasks are walked in the order of the
 plan. A task begins when its device has ended the task before it and when all tensors that it reads are there. A tensor
-is sent once to each other device that has a reader, as soon as its producer has ended, and while devices compute. Each
-wire serves transfers in the order in which the walk meets their producers (for one producer: by the number of the
-tensor, then by its first reader on the target in `uses_C`), so an order sorted by the ends of tasks is the order in
-which they are asked for.
+is sent once to each other device that has a reader, as soon as its producer has ended, and while devices compute; where
+there is no wire but the sender itself, the sender runs no other task until it has sent. Each wire serves transfers in
+the order in which the walk meets their producers (for one producer: by the number of the tensor, then by its first
+reader on the target in `uses_C`), so an order sorted by the ends of tasks is the order in which they are asked for.
 """
 
 from __future__ import annotations
@@ -83,9 +83,13 @@ def simulate(problem: Problem, plan: Plan) -> Simulated:
                 target = device_T[reader]
                 if target not in arrival:
                     wire = problem.wire_DD[device, target]
-                    begun = max(end_T[task], wire_free[wire])
+                    begun = free_D[device] if wire < 0 else max(end_T[task], wire_free[wire])
                     size = float(problem.wire_bytes_K[tensor])
-                    arrival[target] = wire_free[wire] = begun + transfer_seconds(problem, size, device, int(target))
+                    arrival[target] = begun + transfer_seconds(problem, size, device, int(target))
+                    if wire < 0:
+                        free_D[device] = arrival[target]
+                    else:
+                        wire_free[wire] = arrival[target]
                     ends = float(begun), float(arrival[target])
                     transfers.append(Transfer(int(tensor), int(device), int(target), *ends, size))
                 ready_T[reader] = max(ready_T[reader], arrival[target])

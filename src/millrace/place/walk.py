@@ -69,10 +69,11 @@ def walk(  # type: ignore[no-untyped-def]
                 target = device_T[reader]
                 if not (reached >> target) & 1:
                     reached |= 1 << target
-                    wire = 3 * devices + wire_DD[device, target]
+                    wire = wire_DD[device, target]
+                    clock = device if wire < 0 else 3 * devices + wire
                     seconds = latency_s_DD[device, target] + wire_bytes_K[tensor] / bytes_per_s_DD[device, target]
-                    arrival_D[target] = max(end_s, state[wire]) + seconds
-                    state[wire] = arrival_D[target]
+                    arrival_D[target] = max(end_s, state[clock]) + seconds
+                    state[clock] = arrival_D[target]
                     state[devices + target] += size
                     last_D[target] = position_T[reader]
                 arrival_s = end_s if target == device else arrival_D[target]

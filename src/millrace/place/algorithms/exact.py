@@ -125,6 +125,8 @@ def _conflicts(problem: Problem, device_G: Ints, start_s_T: Floats) -> Iterator[
             seconds = transfer_seconds(problem, float(problem.wire_bytes_K[tensor]), int(source), target)
             group = int(problem.group_T[there[np.argmin(start_s_T[there])]])
             latest_s = float(start_s_T[there].min())
+            if problem.wire_DD[source, target] < 0:
+                continue
             sent.append((int(problem.wire_DD[source, target]), latest_s - seconds, latest_s, tensor, group))
     sent.sort()
     for i, (wire, _, end_s, tensor, group) in enumerate(sent):
