@@ -1,4 +1,4 @@
-"""docs/zoo.md: its example is a whole task that the command line knows, and what it says of the contract is so."""
+"""docs/zoo/README.md: its example is a whole task that commands know, and what it says of the contract is so."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.small import SOURCE, run_program
 from millrace.zoo.base import Task
 from millrace.zoo.settings import Settings
 
-TEXT = (Path(__file__).parents[2] / "docs" / "zoo.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[2] / "docs" / "zoo" / "README.md").read_text(encoding="utf-8")
 (EXAMPLE,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 # The page's commands, one after the other in one process (each would spend seconds on importing torch).
 COMMANDS = """

@@ -192,3 +192,12 @@ def _check_equal_sizes(read: list[tuple[Path, npt.NDArray[np.uint8]]]) -> None:
 
 def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
+
+
+def write_png(image: Tensor, file: Path) -> None:
+    """Write a picture. Args: image: float [1 or 3, rows, cols], from 0 (black) to 1; what lies outside is cut off."""
+    pixels = (image.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    mode = {1: "L", 3: "RGB"}[len(pixels)]
+    array = pixels[0].numpy() if mode == "L" else pixels.permute(1, 2, 0).contiguous().numpy()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array, mode).save(file, format="PNG", optimize=True)

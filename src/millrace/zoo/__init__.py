@@ -1,1 +1,1 @@
-"""Tasks: one file each, all of one shape (see `millrace.zoo.base` for the contract, docs/zoo.md for how to add one)."""
+"""Tasks: one file each, all of one shape (the contract: `millrace.zoo.base`; how to add one: docs/zoo/README.md)."""

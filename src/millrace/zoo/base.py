@@ -24,6 +24,7 @@ from millrace.zoo.settings import Settings
 
 S = TypeVar("S", bound=Settings)
 Facts: TypeAlias = Mapping[str, Json]
+Pictures: TypeAlias = Mapping[str, Tensor]  # name -> float [1 or 3, rows, cols], from 0 (black) to 1
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Prediction:
 
     text: str  # for people
     values: Mapping[str, Json]  # for programs
+    pictures: Pictures = field(default_factory=dict)  # where people would rather look
 
 
 class Task(abc.ABC, Generic[S]):
@@ -50,6 +52,7 @@ class Task(abc.ABC, Generic[S]):
     settings_type: ClassVar[type[Settings]]
     metric: ClassVar[str]  # the evaluated value that tells how good the model is
     better: ClassVar[Literal["min", "max"]] = "max"
+    bar: ClassVar[float | None] = None  # of `metric` on the test data: what a run with the defaults should reach
 
     def __init__(self, settings: S) -> None:
         self.settings = settings
@@ -90,6 +93,10 @@ class Task(abc.ABC, Generic[S]):
     def report(self, model: nn.Module, data: TaskData) -> str:
         """Something to look at when training is over, such as samples or mistakes; "" for nothing."""
         return ""
+
+    def pictures(self, model: nn.Module, data: TaskData) -> Pictures:
+        """Something to look at when training is over; it is kept in the run directory, in pictures/."""
+        return {}
 
     @abc.abstractmethod
     def predict(self, model: nn.Module, file: Path, facts: Facts) -> Prediction:

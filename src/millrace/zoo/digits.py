@@ -60,6 +60,7 @@ class Digits(Task[DigitsSettings]):
 
     settings_type = DigitsSettings
     metric = "accuracy"
+    bar = 0.98
 
     def data(self, facts: Facts | None = None) -> TaskData:
         """A fifth of the scans is for the test; of the others a tenth is for validation."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from millrace.data.batches import Json
+from millrace.data.images import write_png
 from millrace.errors import CheckpointError, RunDirectoryError, SettingError
 from millrace.graph.graph import Graph
 from millrace.graph.training import training_graph
@@ -35,6 +36,7 @@ from millrace.zoo.settings import (
 
 RUNS = Path("runs")
 RESULT = "result.json"
+PICTURES = "pictures"
 SPARES = 1  # processes that stand by, of a run with replicas
 
 
@@ -188,7 +190,10 @@ def train(
         )
         model.eval()
         finished = Finished(result, task.evaluate(model, data.test), task.report(model, data))
+        pictures = {} if result.run_dir is None else task.pictures(model, data)
     if result.run_dir is not None:
+        for name, picture in pictures.items():
+            write_png(picture, result.run_dir / PICTURES / f"{name}.png")
         write_atomically(result.run_dir / RESULT, encode_json(finished.summary(task.name())))
     return finished
 
