@@ -167,6 +167,7 @@ print("goes on")
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_label_out_of_range_does_not_end_a_process_whose_step_is_compiled(tmp_path: Path) -> None:
     done = run_program(COMPILED, cwd=tmp_path)

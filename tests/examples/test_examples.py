@@ -198,6 +198,7 @@ def test_replicas_that_are_killed_end_with_the_weights_of_those_that_are_not(tmp
     assert float(found[2]) < 1e-6  # AdamW divides by small numbers; weights are of the order of 0.1
 
 
+@pytest.mark.long
 def test_asynchronous_replicas_learn_though_they_are_killed(tmp_path: Path) -> None:
     printed = output("asynchronous_replicas.py", cwd=tmp_path)
     found = re.search(r"^([\d.]+) bits per character .*\nbetween fetch and update came ([\d.]+) others", printed, re.M)
@@ -206,6 +207,7 @@ def test_asynchronous_replicas_learn_though_they_are_killed(tmp_path: Path) -> N
     assert float(found[2]) > 0.0
 
 
+@pytest.mark.long
 def test_with_a_backup_worker_late_gradients_are_dropped(tmp_path: Path) -> None:
     printed = output("backup_workers.py", cwd=tmp_path)
     found = re.search(r"accuracy ([\d.]+) after \d+ steps; (\d+) gradients came too late", printed)
@@ -214,6 +216,7 @@ def test_with_a_backup_worker_late_gradients_are_dropped(tmp_path: Path) -> None
     assert int(found[2]) > 0
 
 
+@pytest.mark.long
 def test_replicas_that_agree_after_every_tenth_step_learn_as_well(tmp_path: Path) -> None:
     printed = output("local_steps.py", cwd=tmp_path)
     found = re.search(r"accuracy ([\d.]+) agreeing after every step, ([\d.]+) after every tenth", printed)
@@ -230,6 +233,7 @@ def test_a_table_on_servers_learns_by_the_rows_that_batches_name(tmp_path: Path)
     assert float(found[1]) > 2.0 * float(found[2])
 
 
+@pytest.mark.long
 def test_groups_that_do_not_wait_for_each_other_learn(tmp_path: Path) -> None:
     printed = output("hybrid_groups.py", cwd=tmp_path)
     found = re.search(r"accuracy ([\d.]+); between a group's fetch and its update came ([\d.]+) others", printed)

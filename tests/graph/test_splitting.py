@@ -436,6 +436,7 @@ def test_blocks_of_a_reshaped_tensor_are_reshaped_blocks(
     assert merged_first is not None or math.prod(factors) == 1 or factors[0] == 1
 
 
+@pytest.mark.long
 def test_a_split_graph_compiles() -> None:
     batch = rows()
     model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 8))

@@ -198,7 +198,7 @@ def test_language_model_with_dropout(make: Callable[[float], nn.Module]) -> None
     [
         ("resnet18", {}, 32, 1e-3),
         ("vit_tiny_patch16_224", {"img_size": 32, "depth": 2}, 32, 1e-3),
-        pytest.param("efficientnet_b0", {}, 64, 1e-5, marks=pytest.mark.slow),
+        pytest.param("efficientnet_b0", {}, 64, 1e-5, marks=[pytest.mark.slow, pytest.mark.long]),
     ],
 )
 @both_precisions
