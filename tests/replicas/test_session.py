@@ -112,6 +112,23 @@ def test_survivors_share_the_slices_of_whom_nobody_replaces(monkeypatch: pytest.
         assert any("was lost" in story or "lost" in story for story in session.stories)
 
 
+def test_who_has_taken_a_seat_and_has_no_variables_yet_is_nobody_to_rely_on() -> None:
+    with session_over(step_graph("mlp", "sgd"), Sync(), 2) as session:
+        train(session, "numbers", 2)
+        assert session.may_lose_a_worker
+        lost = session.workers[0]
+        os.kill(pid_of(session, lost), signal.SIGKILL)
+        end_s = time.monotonic() + 20.0
+        while lost in session.workers or len(session.workers) < 2:
+            assert time.monotonic() < end_s
+            session._hear(0.05)
+        assert not session.may_lose_a_worker
+        while not session.complete:
+            assert time.monotonic() < end_s
+            train(session, "numbers", 1)
+        assert session.may_lose_a_worker
+
+
 def test_replicas_are_added_and_taken_away_while_it_runs() -> None:
     graph = step_graph("mlp", "adamw")
     whole = Session(graph, copy=True, compile="eager")

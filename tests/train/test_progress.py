@@ -158,6 +158,21 @@ def test_the_rate_leaves_out_pauses_and_the_steps_before_a_resume() -> None:
     assert printed(console).splitlines()[-1] == "step 521/1000  4:00 left  2 steps/s"
 
 
+def test_the_rate_leaves_out_going_back_to_a_checkpoint() -> None:
+    console, clock = pipe(), Clock()
+    with Progress(1000, console=console, clock=clock) as progress:
+        for step in range(1, 401):
+            clock.now_s += 0.5
+            progress.update(step)
+        progress.go_back(300)
+        clock.now_s += 60  # new processes
+        progress.update(301)
+        for step in range(302, 321):
+            clock.now_s += 0.5
+            progress.update(step)
+    assert printed(console).splitlines()[-1] == "step 320/1000  5:40 left  2 steps/s"
+
+
 def test_an_error_passes_through_and_the_terminal_is_restored() -> None:
     console = terminal()
     with pytest.raises(ValueError, match="x"), Progress(2, console=console):

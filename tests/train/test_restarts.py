@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -113,6 +114,15 @@ def test_asynchronous_training_goes_on_from_the_last_checkpoint(
     said = capfd.readouterr().err
     assert f"{result.lost_updates} updates since step 16 were lost" in said
     assert "shard 0 of the variables is lost" in said
+
+
+def test_a_resumed_run_tells_of_losses_in_steps_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, Fault(set(), everybody), steps=40, run_dir=tmp_path / "run")
+    fault = Fault({43}, lambda session: end(session, session.workers[:1]))
+    run(monkeypatch, fault, steps=46, progress=True, run_dir=tmp_path / "run", resume=True)
+    assert re.search(r"worker m\d was lost, step 4[34]: its process was killed", capfd.readouterr().err)
 
 
 def test_a_run_that_gets_nowhere_ends_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,11 @@ class Coordinator:
         spares = sum(member.doing == SPARE for member in self.members.values())
         return len(self.group) == self.seats and spares == self.spares and not self._workers(FREE, ROLE, FORM, ABANDON)
 
+    @property
+    def up_to_date(self) -> tuple[str, ...]:
+        """Who has the variables of the last step that was reported done. For any thread."""
+        return tuple(name for name, member in list(self.members.items()) if member.committed >= self.reported)
+
     def start(self) -> list[DriverCommand]:
         """What to do before the first event."""
         self._settle()

@@ -157,6 +157,11 @@ class MembersSession(RemoteSession):
     def complete(self) -> bool:
         """Whether everybody who is to be there has joined and does what it is to do."""
 
+    @property
+    def may_lose_a_worker(self) -> bool:
+        """Whether any one of the workers may end now, and the others have all variables. For any thread."""
+        return len(self.workers) > 1
+
     # -- running -------------------------------------------------------------------------------------------------
 
     def run(self, fetches: str | Sequence[str], feed: Any = None) -> Any:
@@ -241,12 +246,12 @@ class MembersSession(RemoteSession):
         return _MOST_FAILURES
 
     def _step_of(self, member: str) -> int | None:
-        """The step that a member works at, from 1."""
+        """The step of this session that a member works at, from 1."""
         return None
 
     def _when(self, member: str) -> str:
         step = self._step_of(member)
-        return "" if step is None else f", step {step}"
+        return "" if step is None else f", step {self.taken_before + step}"
 
     def _load(self, member: str, key: int) -> None:
         """Have a worker make a program ready, unless it has it."""

@@ -202,8 +202,8 @@ class ReplicatedSession(MembersSession):
         there = [number for number in sorted(by_slice) if number < len(sizes)]
         if done.missing:
             self._say(
-                f"step {done.step} is done, but what slices {list(done.missing)} count for in its loss and metrics was "
-                "lost with their worker"
+                f"step {self.taken_before + done.step} is done, but what slices {list(done.missing)} count for in its "
+                "loss and metrics was lost with their worker"
             )
         if not there:
             return made
@@ -240,6 +240,11 @@ class ReplicatedSession(MembersSession):
     def complete(self) -> bool:
         """See `MembersSession.complete`."""
         return self._coordinator.complete
+
+    @property
+    def may_lose_a_worker(self) -> bool:
+        """See `MembersSession.may_lose_a_worker`."""
+        return len(set(self._coordinator.up_to_date) & set(self._hub.members)) > 1
 
     @property
     def _holders(self) -> int:

@@ -29,6 +29,7 @@ class RemoteSession(abc.ABC):
 
     measures: tuple[str, ...] = ()
     works_ahead = False
+    taken_before = 0  # steps of the run that are not of this session, which messages count too
 
     def __init__(self, graph: Graph, variables: Mapping[str, Tensor] | None, say: Say) -> None:
         """variables: name -> value, where they are not `graph.initial`."""

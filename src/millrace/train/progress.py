@@ -111,6 +111,7 @@ class Progress:
     def go_back(self, step: int) -> None:
         """Say that the run goes on from an earlier step."""
         self._step = self._observed_step = step
+        self._has_stepped = False
 
     def message(self, text: str) -> None:
         """Print a line above the bar. Any thread may call this."""

@@ -184,5 +184,6 @@ def _chaos(session: ReplicatedSession | ServerSession, every_s: float, seed: int
     choices = random.Random(seed)
     while not session.closed:
         time.sleep(every_s)
-        if len(workers := session.workers) > 1:  # nobody could give the variables of the last one to the next
+        workers = session.workers
+        if workers and session.may_lose_a_worker:  # nobody could give the variables of the last one to the next
             session.kill(choices.choice(workers))

@@ -388,6 +388,8 @@ class Trainer:
     def _restore(self, session: AnySession, variables: Path) -> None:
         rates = {name: session.read(name) for name in session.variables if name.endswith("/lr")}
         session.restore(variables)
+        if isinstance(session, RemoteSession):
+            session.taken_before = self.step
         self._journal.say(f"resumed {self.directory} at step {self.step}")
         for name, given in rates.items():
             found = session.read(name)
@@ -415,6 +417,7 @@ class Trainer:
             raise lost from None
         self._journal.say(text)
         lost_updates, self._place, self._stop, self._data_error = self.step - place.step, place, False, None
+        session.taken_before = self.step
         session.begin_again()
         session.restore(path)
         self._journal.go_back(session.graph, place.step, lost_updates)
