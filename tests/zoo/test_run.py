@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from millrace.data.batches import Batches
 from millrace.errors import CheckpointError, RunDirectoryError, SettingError
 from millrace.graph.graph import info
 from millrace.graph.signature import Phase
+from millrace.runtime.checkpoint import Checkpoints
 from millrace.train.callbacks import Callback, RunView
 from millrace.train.run_directory import RunDirectory
 from millrace.zoo.digits import Digits, DigitsSettings
@@ -66,6 +69,26 @@ def test_a_run_keeps_its_settings_and_its_result(finished: Finished, run: RunDir
     assert kept == finished.summary("digits")
     assert {"test_accuracy", "steps", "train_s", "first_step_s", "run_dir", "validation_accuracy"} <= kept.keys()
     assert kept["steps"] == 12
+
+
+class Searching(Digits):
+    """A task whose metric is known to `evaluate` alone."""
+
+    metric = "found"
+    monitor = "loss"
+
+    def evaluate(self, model: nn.Module, batches: Batches) -> dict[str, float]:
+        return {**super().evaluate(model, batches), "found": 0.5}
+
+
+def test_a_metric_that_only_a_search_tells_needs_no_place_in_the_loss(tmp_path: Path) -> None:
+    settings = DigitsSettings(steps=4, width=4, compile="eager", evaluate_every=2, checkpoint_every=2)
+    finished = train(Searching(settings), run_dir=tmp_path / "it", progress=False, device="cpu")
+    assert finished.test["found"] == 0.5
+    assert "found" not in finished.result.evaluation
+    assert finished.result.run_dir is not None
+    kept = Checkpoints(finished.result.run_dir / "checkpoints")
+    assert kept.best() in kept.steps()
 
 
 def test_a_run_is_opened_with_its_own_weights(run: RunDirectory) -> None:

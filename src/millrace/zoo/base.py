@@ -52,6 +52,7 @@ class Task(abc.ABC, Generic[S]):
     settings_type: ClassVar[type[Settings]]
     metric: ClassVar[str]  # the evaluated value that tells how good the model is
     better: ClassVar[Literal["min", "max"]] = "max"
+    monitor: ClassVar[str | None] = None  # the value of `loss` by which the best checkpoint is told, if not `metric`
     bar: ClassVar[float | None] = None  # of `metric` on the test data: what a run with the defaults should reach
 
     def __init__(self, settings: S) -> None:
