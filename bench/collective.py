@@ -84,7 +84,7 @@ def measure(size: int, rounds: int, chunks: list[int]) -> dict[str, list[float]]
     """Seconds of each round, of the slowest rank, by name."""
     rendezvous = Rendezvous()
     where = rendezvous.address
-    task = [where.host, str(where.port), where.prefix, "--rounds", str(rounds), "--chunks", *map(str, chunks)]
+    task = [where.host, str(where.port), where.secret, "--rounds", str(rounds), "--chunks", *map(str, chunks)]
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "bench.collective", "--rank", str(rank), str(size), *task], stdout=subprocess.PIPE
@@ -110,8 +110,8 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     if asked.rank:
-        rank, size, host, port, prefix = asked.rank
-        be_rank(StoreAddress(host, int(port), prefix), int(rank), int(size), asked.rounds, asked.chunks)
+        rank, size, host, port, secret = asked.rank
+        be_rank(StoreAddress(host, int(port), secret), int(rank), int(size), asked.rounds, asked.chunks)
         return
     for size in asked.sizes:
         times_s = measure(size, asked.rounds, asked.chunks)

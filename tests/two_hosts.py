@@ -21,7 +21,7 @@ _COMMANDS = ("ip", "unshare", "nsenter", "mount", "hostname")
 _WITHIN_S = 10.0
 _INIT = """
 hostname "$1" && ip link set lo up && mount -t tmpfs tmpfs /dev/shm && mount --bind "$2" "$3" || exit 1
-mount --bind "$4" /etc/hosts && mount --bind /dev/null /etc/resolv.conf || exit 1
+mount --bind "$4" /etc/hosts && mount --bind "$5" /etc/resolv.conf || exit 1
 echo up; sleep infinity & wait
 """
 
@@ -29,11 +29,11 @@ echo up; sleep infinity & wait
 class Host:
     """One, from `with` on.
 
-    temporary: a path that every host has for itself, which is `files` seen from outside. names: its /etc/hosts; it asks
-    no other.
+    temporary: a path that every host has for itself, which is `files` seen from outside. names: its /etc/hosts and
+    /etc/resolv.conf.
     """
 
-    def __init__(self, name: str, address: str, files: Path, temporary: Path, names: Path) -> None:
+    def __init__(self, name: str, address: str, files: Path, temporary: Path, names: tuple[Path, Path]) -> None:
         self.name, self.address, self.files, self.temporary, self._names = name, address, files, temporary, names
         self._pid = 0  # the first process on it
 
@@ -42,7 +42,7 @@ class Host:
         self.temporary.mkdir(parents=True, exist_ok=True)
         apart = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
         self._process = subprocess.Popen(
-            [*apart, "sh", "-c", _INIT, "sh", self.name, str(self.files), str(self.temporary), str(self._names)],
+            [*apart, "sh", "-c", _INIT, "sh", self.name, *map(str, (self.files, self.temporary, *self._names))],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -123,18 +123,23 @@ class Switch:
 
 
 @contextlib.contextmanager
-def hosts(directory: Path, *names: str) -> Iterator[tuple[Switch, list[Host]]]:
-    """Hosts on one switch. Skips the test, and says why, where this machine does not allow it."""
+def hosts(directory: Path, *names: str, name_server: bool = True) -> Iterator[tuple[Switch, list[Host]]]:
+    """Hosts on one switch. Skips the test, and says why, where this machine does not allow it.
+
+    name_server: False: they know no names, and whom they are to ask for them is out of reach.
+    """
     missing = [command for command in _COMMANDS if shutil.which(command) is None]
     if os.geteuid() != 0 or missing:
         pytest.skip(f"hosts of their own need root, and the commands {', '.join(_COMMANDS)} (missing: {missing})")
     with contextlib.ExitStack() as stack:
         try:
             addresses = {name: f"10.77.0.{number}" for number, name in enumerate(("switch", *names), start=1)}
-            known = directory / "hosts"
-            known.write_text("".join(f"{at} {name}\n" for name, at in {"localhost": "127.0.0.1", **addresses}.items()))
+            known = {"localhost": "127.0.0.1", **(addresses if name_server else {})}
+            files = directory / "hosts", directory / "resolv.conf"
+            files[0].write_text("".join(f"{at} {name}\n" for name, at in known.items()))
+            files[1].write_text("" if name_server else "nameserver 10.77.0.250\n")
             made = [
-                stack.enter_context(Host(name, at, directory / name, directory / "tmp", known))
+                stack.enter_context(Host(name, at, directory / name, directory / "tmp", files))
                 for name, at in addresses.items()
             ]
             switch = Switch(made[0])

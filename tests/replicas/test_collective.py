@@ -124,7 +124,7 @@ class Team:
         for rank, process in enumerate(self.processes[:size]):
             if process in among or not among:
                 more.update(generation=self.generation, rank=rank, size=size)
-                process.tell(call="join", kind=kind, address=[where.host, where.port, where.prefix], **more)
+                process.tell(call="join", kind=kind, address=[where.host, where.port, where.secret], **more)
 
     def all(self, size: int, call: str, **arguments: Any) -> list[Any]:
         for process in self.processes[:size]:

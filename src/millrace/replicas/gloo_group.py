@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import BroadcastOptions, ProcessGroupGloo, Work
+from torch.distributed import BroadcastOptions, ProcessGroupGloo, Store, Work  # type: ignore[attr-defined]
 
 from millrace.errors import SettingError, WorkerError
 from millrace.replicas.buckets import divide
@@ -93,11 +93,11 @@ class GlooGroup(Group):
         self._kept: _Kept | None = None
         _let_go_of_ended()
         if size > 1:
-            group = self._patience.call(
+            group, store = self._patience.call(
                 lambda: _form(store_address, generation, rank, size, timeout_s, host),
                 f"the {size - 1} other rank(s) of generation {generation} at {store_address.host}:{store_address.port}",
             )
-            self._kept = _Kept(group, [])
+            self._kept = _Kept(group, [], store)
 
     def _release(self) -> None:
         if self._kept is not None:
@@ -204,10 +204,11 @@ class GlooGroup(Group):
 
 @dataclass
 class _Kept:
-    """A group of gloo's, and its operations that may not be done. It is kept alive until `let_go`."""
+    """A group of gloo's, its operations that may not be done, and its store. It is kept alive until `let_go`."""
 
     group: ProcessGroupGloo
     works: list[Work]
+    store: Store
 
     def __post_init__(self) -> None:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.group))
@@ -229,12 +230,13 @@ def _let_go_of_ended() -> None:
 
 def _form(
     address: StoreAddress, generation: int, rank: int, size: int, timeout_s: float, host: str
-) -> ProcessGroupGloo:
+) -> tuple[ProcessGroupGloo, Store]:
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [ProcessGroupGloo.create_device(hostname=host, lazy_init=False)]
     options._threads = _THREADS
     options._timeout = datetime.timedelta(seconds=timeout_s + GRACE_S)
-    return ProcessGroupGloo(address.connect(generation, timeout_s), rank, size, options)
+    store = address.connect(generation, timeout_s)
+    return ProcessGroupGloo(store, rank, size, options), store
 
 
 @contextlib.contextmanager
