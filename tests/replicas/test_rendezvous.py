@@ -81,8 +81,8 @@ from millrace.replicas.gloo_group import GlooGroup
 from millrace.replicas.rendezvous import Rendezvous
 
 host = sys.argv[1]
-rendezvous = Rendezvous(host)
 began_s = time.monotonic()
+rendezvous = Rendezvous(host)
 more = {"abandoned": lambda: False, "timeout_s": 60.0, "host": host}
 groups = []
 
