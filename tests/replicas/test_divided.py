@@ -5,17 +5,23 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from tests.graph.step_models import step_graph
-from tests.replicas.real_session import pid_of, session_over, train, values_of
+from tests.graph.step_models import batch_of, step_graph
+from tests.replicas.real_session import EXAMPLES, pid_of, session_over, train, values_of
+from tests.replicas.test_row_session import graph_of, trained
+from tests.replicas.test_server_session import until
+from torch import Tensor
 
+import millrace
+from millrace.graph.graph import TRAIN
 from millrace.place.cluster import CLASSES, Cluster, Device, Link
 from millrace.place.hints import Hints
 from millrace.replicas.divided import Devices
-from millrace.replicas.settings import Sync
+from millrace.replicas.settings import Async, Hybrid, Sync
 from millrace.runtime.session import Session
 
 RATES = dict.fromkeys(CLASSES, 1e9)
@@ -41,6 +47,59 @@ def test_replicas_of_two_devices_take_the_steps_of_one_session(update: Sync, mic
         assert train(session, "numbers", 4) == pytest.approx(expected, rel=1e-9)
         for name, value in values_of(session).items():
             torch.testing.assert_close(value, whole.variables[name], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("update", [Async(copies=False), Hybrid(groups=2, copies=False)])
+def test_a_replica_of_two_devices_takes_asynchronous_steps_bit_for_bit(update: Async | Hybrid) -> None:
+    """Batch after batch, so that no gradient is stale."""
+    graph = step_graph("mlp", "adamw")
+    whole = Session(graph, copy=True, compile="eager")
+    with session_over(graph, update, 1, devices=Devices(CLUSTER, APART)) as session:
+        assert train(session, "numbers", 4) == train(whole, "numbers", 4)
+        assert all(torch.equal(value, whole.variables[name]) for name, value in values_of(session).items())
+
+
+def test_tables_travel_whole_to_replicas_of_two_devices() -> None:
+    graph = graph_of(millrace.optim.adagrad(0.5))
+    whole = Session(graph, copy=True, compile="eager")
+    lines: list[str] = []
+    apart = Devices(CLUSTER, Hints(modules={"words": "cpu:0", "bags": "cpu:1"}))
+    with session_over(graph, Async(copies=False), 1, devices=apart, say=lines.append) as session:
+        assert session.tables == ()
+        notes = [line for line in lines if "travels whole" in line]
+        assert len(notes) == 3
+        assert all("a replica that is divided over devices is given all variables" in line for line in notes)
+        assert trained(session, range(4)) == pytest.approx(trained(whole, range(4)), rel=1e-9)
+
+
+def test_asynchronous_replicas_go_on_while_one_that_lost_a_device_is_replaced() -> None:
+    graph = step_graph("mlp", "adamw")
+    batches = (batch_of("numbers", EXAMPLES, seed % 5) for seed in range(10**6))
+    with session_over(graph, Async(), 2, spares=1, devices=Devices(CLUSTER, APART)) as session:
+        until(session, lambda: session.complete)
+        losses, gone, alone, after = [], "", 0, 0
+        devices: list[int] = []
+
+        def given() -> Iterator[tuple[Tensor, Tensor]]:
+            while after < 20:
+                yield next(batches)
+
+        for (_, loss), _ in session.stream([TRAIN, "loss"], given()):
+            losses.append(float(loss))
+            if len(losses) == 20:
+                gone = session.workers[0]
+                devices = children_of(pid_of(session, gone))
+                os.kill(devices[0], signal.SIGKILL)
+            elif gone:
+                alone += not after and len(session._pool._of("free", "work")) == 1
+                after += gone not in session.members and session.complete
+        print(f"{len(losses)} steps, {alone} of them by one replica; {session.repeats} repeated")
+        assert gone not in session.workers
+        assert alone > 5
+        assert len(losses) <= session.staleness.total() <= len(losses) + session.repeats
+        assert session.repeats <= 1
+        assert sum(losses[-20:]) < sum(losses[:20])
+        assert not any(Path(f"/proc/{device}").exists() for device in devices)
 
 
 def killed_device(pid: int) -> None:

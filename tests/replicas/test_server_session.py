@@ -208,8 +208,10 @@ def test_fetching_and_pushing_now_and_then(overlap: bool) -> None:
         assert len(list(session.stream([TRAIN, "loss"], batches[:2]))) == 2  # it goes on after that
 
 
-def test_overlapping_computes_with_what_lacks_the_last_update() -> None:
-    """One worker: batch k is computed with the variables after k - 1 updates, and all updates are made, in order."""
+@pytest.mark.parametrize("compile", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_overlapping_computes_with_what_lacks_the_last_update(compile: str) -> None:
+    """One worker: batch k is computed with the variables after k - 1 updates, and all updates are made, in order. That
+    variables lie elsewhere in every other batch is the same to a program that was compiled."""
     line = Line()
     graph = line.graph()
     batches = [line.batch() for _ in range(7)]
@@ -225,13 +227,15 @@ def test_overlapping_computes_with_what_lacks_the_last_update() -> None:
         for name, value in gradients.variables.items():
             value.copy_(whole.variables[name])
         update.run(TRAIN, dict(zip(names[1:], found, strict=True)))
-    with session_over(graph, Async(overlap=True, parameter_servers=2, copies=False), 1) as session:
+    update = Async(overlap=True, parameter_servers=2, copies=False)
+    with session_over(graph, update, 1, compile=compile) as session:
         found = [float(loss) for (_, loss), _ in session.stream([TRAIN, "loss"], batches[:4])]
         assert session.staleness == {0: 1, 1: 3}
         # Nothing is left in flight at the end of a stream; what was fetched before it counts still.
         found += [float(loss) for (_, loss), _ in session.stream([TRAIN, "loss"], batches[4:])]
         assert found == pytest.approx(expected, rel=1e-12)
         assert session.staleness == {0: 1, 1: 6}
+        assert session.last_tier == compile
         for name, value in whole.variables.items():
             torch.testing.assert_close(session.read(name), value, rtol=1e-12, atol=1e-12)
         session.assign("weight", torch.zeros(1, 8))  # what was fetched is of no use any more
