@@ -14,6 +14,7 @@ from millrace.graph.passes.fetched_rows import fetched_rows
 from millrace.graph.passes.halves import Halves, halves
 from millrace.graph.passes.microbatch import microbatch
 from millrace.graph.save import graph_bytes
+from millrace.replicas.mean_loss import check_mean
 from millrace.runtime.feeds import Batch, FeedReader, Key
 
 INDICES, PIECES = "indices", "pieces"  # name what is beside a program
@@ -24,7 +25,8 @@ class Programs:
 
     graph: of the whole step. reader: of its batches. tables: those of which a worker has some rows only. microbatches:
     into how many parts each slice is divided; one that cannot be divided so is divided into as many as can be. placed:
-    the pieces of a program for the devices of a replica.
+    the pieces of a program for the devices of a replica. variables: those of the step, where slices are parts of a
+    batch: with them it is seen whether the loss is a mean.
     """
 
     def __init__(
@@ -36,9 +38,11 @@ class Programs:
         tables: Sequence[str] = (),
         microbatches: int = 1,
         placed: Callable[[Graph], bytes] | None = None,
+        variables: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._graph, self._reader, self._whole, self._tables = graph, reader, whole, tables
         self._microbatches, self._placed = microbatches, placed
+        self._variables = variables  # until it is seen
         self._exchanged = None if whole or microbatches == 1 else halves(graph).exchanged
         self._parts: dict[
             int, tuple[int, tuple[str, ...]]
@@ -52,7 +56,7 @@ class Programs:
         """The number of the program for a slice of this shape, and the slice's feeds by name.
 
         Raises: WorkerError for a new shape where the graph cannot be traced again; FeedError where the step does not
-            run on it; SettingError as `halves`.
+            run on it; SettingError as `halves`, and for a loss that is a sum.
         """
         key: Key = tuple((tuple(feed.shape), feed.dtype) for feed in feeds)
         if key not in self._keys:
@@ -61,6 +65,8 @@ class Programs:
                 if graph.retrace is None:
                     raise WorkerError("a graph that was loaded from a file cannot be traced for slices of its batch")
                 graph = self._traced(graph.retrace, feeds)
+                if self._variables is not None and check_mean(self._graph, graph, self._variables, feeds):
+                    self._variables = None
             number = len(self._keys)
             self._contents[number] = as_tensor(graph_bytes(self._made(graph, number)))
             self._keys[key] = number

@@ -87,7 +87,8 @@ class ServerSession(MembersSession):
         for note in plan.notes:
             self._say(note)
         self._shards, self.tables = plan.shards, plan.tables
-        self._programs = Programs(graph, self._reader, tables=self.tables, **self._divided)
+        divides = None if isinstance(update, Async) else self._own.variables
+        self._programs = Programs(graph, self._reader, tables=self.tables, variables=divides, **self._divided)
         self._exchanged = {feed.name for feed in whole.exchanged}
         self._fetches = {TRAIN, *whole.gradients.fetches} - self._exchanged
         held = {name for part in self._shards for name in part.variables}

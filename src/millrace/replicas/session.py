@@ -87,7 +87,8 @@ class ReplicatedSession(MembersSession):
         self._stages = early_stages(whole.gradients, [feed.name for feed in whole.exchanged]) if whole else ()
         self._travel = travel or Travel()
         whole_steps = local is not None
-        self._programs = Programs(graph, self._reader, whole=whole_steps, **self._divided)
+        own = self._own.variables
+        self._programs = Programs(graph, self._reader, whole=whole_steps, variables=own, **self._divided)
         self._slices: list[_Slice] = []  # of the step in flight
         self._batches = 1  # in a step
         self._answers: list[StepDone | VariablesRead] = []
