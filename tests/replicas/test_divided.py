@@ -75,7 +75,8 @@ def test_tables_travel_whole_to_replicas_of_two_devices() -> None:
 def test_asynchronous_replicas_go_on_while_one_that_lost_a_device_is_replaced() -> None:
     graph = step_graph("mlp", "adamw")
     batches = (batch_of("numbers", EXAMPLES, seed % 5) for seed in range(10**6))
-    with session_over(graph, Async(copies=False), 2, spares=1, devices=Devices(CLUSTER, APART)) as session:
+    settings = {"devices": Devices(CLUSTER, APART), "patience_s": 20.0}  # where others are busy, too
+    with session_over(graph, Async(copies=False), 2, spares=1, **settings) as session:
         until(session, lambda: session.complete)
         losses, gone, alone, after = [], "", 0, 0
         devices: list[int] = []
