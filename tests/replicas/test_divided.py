@@ -5,19 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from tests.graph.step_models import batch_of, step_graph
-from tests.replicas.real_session import EXAMPLES, pid_of, session_over, train, values_of
+from tests.graph.step_models import step_graph
+from tests.replicas.real_session import pid_of, session_over, train, values_of
 from tests.replicas.test_row_session import graph_of, trained
-from tests.replicas.test_server_session import until
-from torch import Tensor
 
 import millrace
-from millrace.graph.graph import TRAIN
 from millrace.place.cluster import CLASSES, Cluster, Device, Link
 from millrace.place.hints import Hints
 from millrace.replicas.divided import Devices
@@ -70,37 +66,6 @@ def test_tables_travel_whole_to_replicas_of_two_devices() -> None:
         assert len(notes) == 3
         assert all("a replica that is divided over devices is given all variables" in line for line in notes)
         assert trained(session, range(4)) == pytest.approx(trained(whole, range(4)), rel=1e-9)
-
-
-def test_asynchronous_replicas_go_on_while_one_that_lost_a_device_is_replaced() -> None:
-    graph = step_graph("mlp", "adamw")
-    batches = (batch_of("numbers", EXAMPLES, seed % 5) for seed in range(10**6))
-    settings = {"devices": Devices(CLUSTER, APART), "patience_s": 20.0}  # where others are busy, too
-    with session_over(graph, Async(copies=False), 2, spares=1, **settings) as session:
-        until(session, lambda: session.complete)
-        losses, gone, alone, after = [], "", 0, 0
-        devices: list[int] = []
-
-        def given() -> Iterator[tuple[Tensor, Tensor]]:
-            while after < 5:
-                yield next(batches)
-
-        for (_, loss), _ in session.stream([TRAIN, "loss"], given()):
-            losses.append(float(loss))
-            if len(losses) == 20:
-                gone = session.workers[0]
-                devices = children_of(pid_of(session, gone))
-                os.kill(devices[0], signal.SIGKILL)
-            elif gone:
-                alone += not after and len(session._pool._of("free", "work")) == 1
-                after += gone not in session.members and session.complete
-        print(f"{len(losses)} steps, {alone} of them by one replica; {session.repeats} repeated")
-        assert gone not in session.workers
-        assert alone > 5
-        assert len(losses) <= session.staleness.total() <= len(losses) + session.repeats
-        assert session.repeats <= 1
-        assert sum(losses[-20:]) < sum(losses[:20])
-        assert not any(Path(f"/proc/{device}").exists() for device in devices)
 
 
 def killed_device(pid: int) -> None:
