@@ -1,0 +1,28 @@
+"""Vectors for TensorBoard's projector: files beside the events of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from millrace.train.run_files import write_atomically
+
+CONFIG, VECTORS, NAMES = "projector_config.pbtxt", "vectors.tsv", "names.tsv"  # the first is TensorBoard's own name
+
+
+def write_projector(events: Path, name: str, vectors: Tensor, labels: Sequence[str]) -> None:
+    """Have TensorBoard's projector show vectors with a label each.
+
+    Args: events: the directory of a run's events. name: of the table. vectors: [N, D]. labels: N.
+
+    Raises: RunDirectoryError: it cannot be written.
+    """
+    rows = vectors.detach().cpu().tolist()
+    write_atomically(events / VECTORS, "".join("\t".join(f"{x:.5g}" for x in row) + "\n" for row in rows).encode())
+    shown = (" ".join(label.split()) or "·" for label in labels)  # a tab or a line end would be another column or row
+    write_atomically(events / NAMES, "".join(f"{label}\n" for label in shown).encode())
+    table = f"tensor_name: {json.dumps(name)} tensor_path: {json.dumps(VECTORS)} metadata_path: {json.dumps(NAMES)}"
+    write_atomically(events / CONFIG, f"embeddings {{ {table} }}\n".encode())
