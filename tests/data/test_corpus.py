@@ -65,6 +65,8 @@ def test_a_data_set_of_hugging_face_is_read_by_its_name(monkeypatch: pytest.Monk
     assert corpus("someone/poems") == ["roses are very red", "violets are not red"]
     with pytest.raises(DataError, match=r"neither a file nor a Hugging Face data set .*'poems.txt'"):
         corpus("poems.txt")
+    with pytest.raises(DataError, match=r"no file or directory '/some/poems.txt'"):
+        corpus("/some/poems.txt")
 
 
 def test_words_are_letters() -> None:

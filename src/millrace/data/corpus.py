@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import itertools
+import re
 import sysconfig
 import tokenize
 import warnings
@@ -136,6 +137,8 @@ def _read_files(files: list[Path], asked: Path) -> Iterator[str]:
 
 
 def _hub_texts(name: str) -> Iterable[str]:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise DataError(f"There is no file or directory {name!r}, and no data set can be called so. Give a text.")
     try:
         library = importlib.import_module("datasets")
     except ImportError as error:

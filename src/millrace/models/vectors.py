@@ -54,9 +54,10 @@ def similarity_found(vectors_VD: Tensor, pairs_P2: Tensor, alike_P: Tensor) -> T
 
 
 def principal(vectors_ND: Tensor, count: int = 2) -> Tensor:
-    """Vectors along their principal components, the widest first: [N, count]."""
+    """Vectors along their principal components, the widest first: [N, count]; zeros along those that they lack."""
     centred = vectors_ND - vectors_ND.mean(0)
     directions = torch.linalg.svd(centred, full_matrices=False).Vh[:count]
     # Which way a component points is arbitrary; its largest entry decides, so that pictures of one model are alike.
     signs = torch.gather(directions, 1, directions.abs().argmax(1, keepdim=True)).sign()
-    return centred @ (directions * signs).T
+    found = centred @ (directions * signs).T
+    return functional.pad(found, (0, count - found.shape[1]))
