@@ -23,7 +23,7 @@ from millrace.graph.graph import Graph, info
 from millrace.graph.parts import whole_variables
 from millrace.graph.passes.prune import prune
 from millrace.graph.passes.splitting.layouts import reshaped
-from millrace.graph.passes.splitting.split import split
+from millrace.graph.passes.splitting.split import joined, split
 from millrace.graph.passes.splitting.values import even
 from millrace.graph.save import load_graph, save_graph
 from millrace.graph.signature import Role
@@ -452,3 +452,16 @@ def test_a_split_graph_compiles() -> None:
     assert compiled.last_tier == "inductor"
     for name, tensor in eager.variables.items():
         torch.testing.assert_close(compiled.variables[name], tensor, rtol=1e-9, atol=1e-12)
+
+
+def test_blocks_are_put_together_by_their_names() -> None:
+    model = nn.Sequential(nn.Linear(5, 128), nn.ReLU(), nn.Linear(128, 96))
+    graph = training_graph(model, lambda m, b: m(b).square().mean(), adam(0.01), torch.randn(2, 5))
+    blocks = split(graph, 3).initial
+    assert blocks.keys() != graph.initial.keys()
+    whole = joined(dict(reversed(blocks.items())))
+    assert whole.keys() == graph.initial.keys()
+    assert all(value.equal(graph.initial[name]) for name, value in whole.items())
+    wide = torch.arange(24.0).reshape(2, 12)
+    parts = {"w[:, 10:12]": wide[:, 10:], "w[:, 2:10]": wide[:, 2:10], "w[:, 0:2]": wide[:, :2]}
+    assert joined(parts)["w"].equal(wide)

@@ -15,6 +15,7 @@ from millrace.data.batches import Json
 from millrace.data.images import write_png
 from millrace.errors import CheckpointError, RunDirectoryError, SettingError
 from millrace.graph.graph import Graph
+from millrace.graph.passes.splitting.split import joined
 from millrace.graph.training import training_graph
 from millrace.replicas.settings import Update
 from millrace.runtime.checkpoint import Checkpoints
@@ -291,7 +292,8 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Copy a checkpoint's variables into a module's tensors of the same names."""
+    """Copy a checkpoint's variables into a module's tensors of the same names; those in blocks are put together."""
+    tensors = joined(tensors)
     for name, own in [*model.named_parameters(), *model.named_buffers()]:
         saved = tensors.get(name)
         if saved is None or saved.shape != own.shape:

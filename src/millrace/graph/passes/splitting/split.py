@@ -11,9 +11,11 @@ are sums of partial sums.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -29,6 +31,7 @@ from millrace.graph.passes.splitting.wishes import wishes
 from millrace.graph.signature import Part, TensorSpec, Variable
 
 MIN_WIDTH = 64  # outputs, channels or rows
+_BLOCK = re.compile(r"(?P<whole>.*)\[(?P<before>(?::, )*)(?P<start>\d+):\d+\]")  # as `block_name` writes it
 
 
 def split(graph: Graph, parts: int, *, min_width: int = MIN_WIDTH) -> Graph:
@@ -75,6 +78,20 @@ def _divided(graph: Graph, parts: int, chosen: Mapping[str, Along]) -> Graph:
 def block_name(name: str, along: Along, block: int) -> str:
     """The name of a block of a variable: "W[0:500]", along a second dimension "W[:, 0:500]"."""
     return f"{name}[{':, ' * along.dim}{along.bounds[block]}:{along.bounds[block + 1]}]"
+
+
+def joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Variables that are in blocks (as `block_name` calls these) in one piece each, and all others as they are."""
+    found: dict[str, Tensor] = {}
+    blocks: dict[tuple[str, int], list[tuple[int, Tensor]]] = {}
+    for name, tensor in tensors.items():
+        if (match := _BLOCK.fullmatch(name)) is None:
+            found[name] = tensor
+        else:
+            blocks.setdefault((match["whole"], match["before"].count(":")), []).append((int(match["start"]), tensor))
+    for (name, dim), parts in blocks.items():
+        found[name] = torch.cat([part for _, part in sorted(parts, key=lambda part: part[0])], dim)
+    return found
 
 
 class _Walk:
