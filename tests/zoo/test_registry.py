@@ -15,7 +15,8 @@ from millrace.zoo.settings import Settings
 
 def test_tasks_are_the_files_that_say_so() -> None:
     found = registry.summaries()
-    assert list(found) == ["chars", "digits"]
+    assert {"chars", "digits", "words"} <= found.keys()
+    assert list(found) == sorted(found)
     assert all(summary.endswith(".") for summary in found.values())
 
 
@@ -37,7 +38,7 @@ def test_files_are_not_imported_to_be_listed(tmp_path: Path, monkeypatch: pytest
     assert registry.summaries() == {"broken": "Cannot be imported."}
 
 
-@pytest.mark.parametrize(("name", "hint"), [("digit", "Did you mean 'digits'"), ("zzz", "Known: chars, digits")])
+@pytest.mark.parametrize(("name", "hint"), [("digit", "Did you mean 'digits'"), ("zzz", "Known: .*chars, .*digits")])
 def test_unknown_names_get_near_ones(name: str, hint: str) -> None:
     with pytest.raises(SettingError, match=f"There is no task '{name}'. {hint}"):
         registry.load(name)

@@ -68,6 +68,7 @@ class Words(Task[WordsSettings]):
 
     settings_type = WordsSettings
     metric = "similarity"
+    bar = 0.45
 
     def data(self, facts: Facts | None = None) -> TaskData:
         """Of every 20,000 words of the text 4,000 are for the test and 1,000 for validation."""
