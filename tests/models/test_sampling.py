@@ -1,0 +1,80 @@
+"""Sampling: the temperature, the likeliest, the nucleus, and draws that follow the generator alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from millrace.errors import SettingError
+from millrace.models.sampling import Sampling
+
+LOGITS = st.lists(st.floats(-8, 8), min_size=1, max_size=9).map(lambda row: torch.tensor([row], dtype=torch.float64))
+WAYS = st.builds(Sampling, st.floats(0, 4), st.integers(0, 9), st.floats(0.01, 1))
+
+
+def of(*probabilities: float) -> Tensor:
+    return torch.tensor([probabilities], dtype=torch.float64).log()
+
+
+@given(LOGITS, WAYS)
+def test_what_may_be_drawn_are_the_likeliest_in_their_order(logits: Tensor, how: Sampling) -> None:
+    found, whole = how.probabilities(logits)[0], logits[0]
+    assert found.sum().item() == pytest.approx(1)
+    drawable = found > 0
+    assert whole[drawable].max() >= whole.max() - 1e-9
+    if not drawable.all():
+        assert whole[drawable].min() >= whole[~drawable].max() - 1e-9
+    assert not how.top_k or int(drawable.sum()) <= how.top_k
+
+
+@given(LOGITS, st.floats(0.2, 4))
+def test_without_limits_it_is_the_softmax(logits: Tensor, temperature: float) -> None:
+    assert torch.allclose(Sampling(temperature).probabilities(logits), (logits / temperature).softmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        (Sampling(top_k=2), [0.5 / 0.8, 0, 0.3 / 0.8, 0]),
+        (Sampling(top_p=0.5), [1, 0, 0, 0]),
+        (Sampling(top_p=0.51), [0.5 / 0.8, 0, 0.3 / 0.8, 0]),
+        (Sampling(top_p=0.81), [0.5 / 0.95, 0, 0.3 / 0.95, 0.15 / 0.95]),
+        (Sampling(top_k=3, top_p=0.85), [0.5 / 0.95, 0, 0.3 / 0.95, 0.15 / 0.95]),  # of 0.95, 0.8 is less than 0.85
+        (Sampling(top_k=3, top_p=0.84), [0.5 / 0.8, 0, 0.3 / 0.8, 0]),
+        (Sampling(temperature=0.5), [0.25, 0.0025, 0.09, 0.0225]),
+    ],
+)
+def test_limits(how: Sampling, expected: list[float]) -> None:
+    found = how.probabilities(of(0.5, 0.05, 0.3, 0.15))[0]
+    wanted = torch.tensor(expected, dtype=torch.float64)
+    assert torch.allclose(found, wanted / wanted.sum())
+
+
+def test_of_equals_the_first_are_kept() -> None:
+    assert Sampling(top_k=2).probabilities(of(0.25, 0.25, 0.25, 0.25)).tolist() == [[0.5, 0.5, 0, 0]]
+
+
+def test_without_temperature_it_takes_the_likeliest_and_leaves_the_generator_alone() -> None:
+    generator = torch.Generator().manual_seed(1)
+    before = generator.get_state()
+    assert Sampling(temperature=0).draw(torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 1.0]]), generator).tolist() == [1, 0]
+    assert generator.get_state().equal(before)
+
+
+def test_draws_follow_the_probabilities_and_the_generator_alone() -> None:
+    logits = of(0.1, 0.2, 0.7).expand(4000, 3)
+    drawn = Sampling().draw(logits, torch.Generator().manual_seed(0))
+    assert torch.allclose(drawn.bincount(minlength=3) / 4000, torch.tensor([0.1, 0.2, 0.7]), atol=0.03)
+    assert drawn.equal(Sampling().draw(logits, torch.Generator().manual_seed(0)))
+    assert not drawn.equal(Sampling().draw(logits, torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1.0}, {"temperature": float("inf")}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}]
+)
+def test_wrong_numbers_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(SettingError, match=next(iter(wrong))):
+        Sampling(**wrong)  # type: ignore[arg-type]
