@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from millrace.data.text import CharVocabulary, TextBatches, python_text, split_text, text_batches
 from millrace.errors import DataError, SettingError
+from millrace.models.sampling import Sampling
 from millrace.optim.constructors import adamw
 from millrace.optim.optimizer import Optimizer
 from millrace.optim.schedule import Cosine, Warmup
@@ -193,14 +194,10 @@ def continued(
     Returns: the new tokens, [count].
     """
     device = next(model.parameters()).device if isinstance(model, nn.Module) else tokens.device
-    start = len(tokens)
+    sampling, start = Sampling(temperature), len(tokens)
     for _ in range(count):
-        logits_V = model(tokens[None, -window:].to(device))[0, -1].float().cpu()
-        if temperature == 0:
-            drawn = logits_V.argmax(keepdim=True)
-        else:
-            drawn = torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=generator)
-        tokens = torch.cat([tokens, drawn])
+        logits_1V = model(tokens[None, -window:].to(device))[:, -1].float().cpu()
+        tokens = torch.cat([tokens, sampling.draw(logits_1V, generator)])
     return tokens[start:]
 
 
