@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -47,6 +47,7 @@ EVERY_KIND = {
     "centered": rmsprop(1e-2, centered=True, momentum=0.9),
     "fading adagrad": adagrad(1e-2, lr_decay=0.1, initial_accumulator_value=0.1),
     "lion with decay": lion(schedule, weight_decay=0.1),
+    "averaged": replace(momentum(schedule), average=0.9),
     "everything": adamw(
         schedule, clip_norm=0.5, accumulate=3, groups=[Group("*.bias", scale=2.0, weight_decay=0.0), Group("a.*", 1e-3)]
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from millrace.optim.average import averages_in
 from millrace.optim.base import Rule, State, Update
 from millrace.optim.clip import clip_by_global_norm, global_norm
 from millrace.optim.constructors import adagrad, adam, adamw, lion, momentum, nesterov, rmsprop, sgd
@@ -26,6 +27,7 @@ __all__ = [
     "adagrad",
     "adam",
     "adamw",
+    "averages_in",
     "clip_by_global_norm",
     "constant",
     "cosine",

@@ -1,7 +1,8 @@
 """An optimizer: one rule over many named parameters, with everything that surrounds a rule.
 
 The order of one call: sum gradients (`accumulate`), clip the sum's mean (`clip_norm`), look up each parameter's group,
-compute the group's rate and scalars once, update each parameter. All of it becomes part of the step's graph.
+compute the group's rate and scalars once, update each parameter, move its average (`average`). All of it becomes part
+of the step's graph.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from millrace.errors import SettingError, did_you_mean
+from millrace.optim.average import AVERAGE_SLOT, moved
 from millrace.optim.base import Rule, State, Update, apply_update, arithmetic_dtype
 from millrace.optim.checks import check_count, check_number
 from millrace.optim.clip import clip_by_global_norm
@@ -66,6 +68,8 @@ class Optimizer:
         clip_norm: bound on the global norm of the gradients that reach the rule; None for no bound.
         accumulate: apply every k-th call, on the mean of k gradients.
         groups: exceptions for some parameters; the first that matches a name counts.
+        average: keep a running average of every parameter that is updated, decaying by this factor (such as 0.999) at
+            every applied update; `fit` evaluates the averages, and leaves them in the model. None for no averages.
 
     """
 
@@ -75,6 +79,7 @@ class Optimizer:
     clip_norm: float | None = None
     accumulate: int = 1
     groups: tuple[Group, ...] = ()
+    average: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.rule, Rule):
@@ -85,6 +90,8 @@ class Optimizer:
         if self.clip_norm is not None:
             check_number(owner, "clip_norm", self.clip_norm, low_open=True)
         check_count(owner, "accumulate", self.accumulate)
+        if self.average is not None:
+            check_number(owner, "average", self.average, high=1.0)
         if not isinstance(self.groups, tuple) or not all(isinstance(group, Group) for group in self.groups):
             raise SettingError(f"{owner}: groups must be a tuple of Group, got {self.groups!r}.")
 
@@ -115,6 +122,9 @@ class Optimizer:
                 # Sums of bfloat16 values lose what is small beside the sum, so they are kept wide.
                 zeros = torch.zeros_like(parameter, dtype=arithmetic_dtype(parameter.dtype))
                 state[_slot_name(name, _SUM_SLOT)] = zeros
+            if self.average is not None:
+                copy = parameter.detach().to(arithmetic_dtype(parameter.dtype), copy=True)
+                state[_slot_name(name, AVERAGE_SLOT)] = copy
         return state
 
     def learning_rate_at(self, step: Tensor) -> Tensor:
@@ -181,6 +191,9 @@ class Optimizer:
             new_parameters[name], new_slots = apply_update(shared[key], parameter, gradient, slots)
             for slot, value in new_slots.items():
                 new_state[_slot_name(name, slot)] = value
+            if self.average is not None:
+                average = _slot(state, name, AVERAGE_SLOT)
+                new_state[_slot_name(name, AVERAGE_SLOT)] = moved(average, new_parameters[name], self.average, step)
         return new_parameters, new_state
 
     def _group_index(self, name: str) -> int | None:

@@ -59,7 +59,8 @@ def fit(
         data: a DataLoader, tensors or arrays (alone or in a tuple or dict), a Dataset, a Hugging Face dataset, or any
             iterable of batches; see `millrace.data.as_batches`.
         loss: `loss(model, batch) -> scalar`, or `-> (scalar, {name: tensor})` with metrics.
-        optimizer: any `torch.optim` optimizer over the model's parameters, or one of `millrace.optim`.
+        optimizer: any `torch.optim` optimizer over the model's parameters, or one of `millrace.optim`. Where that
+            keeps averages of the parameters, these are what is evaluated, and what the model holds in the end.
         batch_size: examples per batch, where `data` comes as examples.
         validation: data to evaluate on, in the forms of `data`.
         callbacks: see `millrace.train.callbacks`.

@@ -16,6 +16,7 @@ from millrace.data.batches import Batches
 from millrace.errors import FeedError, MillraceError, NonFiniteError, VariablesLostError
 from millrace.graph.graph import TRAIN, Graph
 from millrace.runtime.remote_session import AnySession, RemoteSession
+from millrace.train.averages import averaged, put_averages
 from millrace.train.callbacks import CallbackList
 from millrace.train.evaluation import examples_in
 from millrace.train.interrupt import Interruptible
@@ -309,9 +310,9 @@ class Trainer:
     def _evaluate(self) -> None:
         if self._evaluate_all is None or self._place.evaluated_step == self.step:
             return
+        assert self._session is not None
         try:
-            with self._journal.paused():
-                self._pull()
+            with self._journal.paused(), averaged(self._session):
                 values = self._evaluate_all()
         except Exception as error:
             self._save_before_failing(error)
@@ -435,6 +436,8 @@ class Trainer:
         if self._saver is not None:
             self._saver.wait()
         self._announce_checkpoints()
+        if self._session is not None:
+            put_averages(self._session)
 
     def _pull(self) -> None:
         """Have the user's module hold the present weights, wherever they are trained."""

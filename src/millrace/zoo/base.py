@@ -75,6 +75,9 @@ class Task(abc.ABC, Generic[S]):
     def model(self, facts: Facts) -> nn.Module:
         """A model with fresh weights (torch's random state is seeded before)."""
 
+    def warm_start(self, model: nn.Module) -> None:
+        """Change a new run's weights before its first step, such as to another run's (not, unless a task does)."""
+
     @abc.abstractmethod
     def loss(self, model: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to minimize, and metrics: means over the batch, which are shown and logged."""

@@ -17,6 +17,7 @@ from millrace.errors import CheckpointError, RunDirectoryError, SettingError
 from millrace.graph.graph import Graph
 from millrace.graph.passes.splitting.split import joined
 from millrace.graph.training import training_graph
+from millrace.optim.average import averages_in
 from millrace.replicas.settings import Update
 from millrace.runtime.checkpoint import Checkpoints
 from millrace.train.callbacks import Callback
@@ -158,6 +159,8 @@ def train(
     data = task.data(None if resume is None else resume.config.get("facts"))
     torch.manual_seed(settings.seed)
     model = task.model(data.facts)
+    if resume is None:
+        task.warm_start(model)
     config = {"task": task.name(), "settings": settings_to_json(settings), "facts": data.facts, "device": device}
     config["arguments"] = list(arguments)
     with _threads(settings.threads):
@@ -292,10 +295,11 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Copy a checkpoint's variables into a module's tensors of the same names; those in blocks are put together."""
+    """Copy a checkpoint's variables into a module's tensors of the same names: blocks put together, averages first."""
     tensors = joined(tensors)
+    averages = averages_in(tensors)
     for name, own in [*model.named_parameters(), *model.named_buffers()]:
-        saved = tensors.get(name)
+        saved = averages.get(name, tensors.get(name))
         if saved is None or saved.shape != own.shape:
             got = "nothing" if saved is None else f"shape {list(saved.shape)}"
             raise CheckpointError(
