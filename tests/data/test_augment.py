@@ -19,9 +19,11 @@ from millrace.data import (
     mapped,
     on_images,
     random_affine,
+    random_colour,
     random_crop,
     random_erasing,
     random_flip,
+    random_resized_crop,
     random_shift,
 )
 from millrace.errors import DataError
@@ -32,6 +34,7 @@ EVERY = [
     partial(random_crop, rows=4, cols=4, padding=1),
     random_flip,
     random_affine,
+    partial(random_resized_crop, rows=5, cols=4),
     partial(random_erasing, probability=1.0),
 ]
 
@@ -97,6 +100,67 @@ def test_a_flip_mirrors_or_keeps(shape: tuple[int, ...], seed: int) -> None:
         assert torch.equal(image, original) or torch.equal(image, original.flip(-1))
     assert torch.equal(random_flip(batch, seed, 0.0), batch)
     assert torch.equal(random_flip(batch, seed, 1.0), batch.flip(-1))
+
+
+@settings(deadline=None)
+@given(shapes, st.integers(0, 9))
+def test_a_resized_crop_of_everything_is_the_image(shape: tuple[int, ...], seed: int) -> None:
+    batch = images(shape)
+    result = random_resized_crop(batch, seed, shape[2], shape[3], least_area=1.0, max_stretch=1.0)
+    assert torch.allclose(result, batch, rtol=1e-4)
+
+
+def test_resized_crops_have_the_areas_and_proportions_asked_for_and_lie_within_the_image() -> None:
+    rows, cols = torch.meshgrid(torch.linspace(0, 1, 80), torch.linspace(0, 1, 40), indexing="ij")
+    batch = torch.stack([rows, cols]).expand(500, 2, 80, 40)
+    result = random_resized_crop(batch, 0, 20, 10, least_area=0.2, max_stretch=1.5)
+    assert result.shape == (500, 2, 20, 10)
+    high = (result[:, 0, -1, 0] - result[:, 0, 0, 0]) * 20 / 19  # from the first row's centre to the last one's
+    wide = (result[:, 1, 0, -1] - result[:, 1, 0, 0]) * 10 / 9
+    area, stretch = high * wide, high / wide
+    assert 0.19 < area.min() < 0.24
+    assert 0.9 < area.max() < 1.04  # the last pixels' centres are 1, so their edges lie a little beyond
+    assert 1.4 < stretch.max() < 1.56
+    assert 1 / 1.56 < stretch.min() < 1 / 1.4
+    assert result.min() >= 0
+    assert result.max() <= 1
+    for edge in (result[:, 0, 0, 0], 1 - result[:, 0, -1, 0], result[:, 1, 0, 0], 1 - result[:, 1, 0, -1]):
+        assert edge.min() < 0.05  # windows reach every side
+
+
+@pytest.mark.parametrize("bad", [{"rows": 0}, {"least_area": 0.0}, {"max_stretch": 0.5}])
+def test_windows_that_cannot_be_are_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(DataError, match="window cannot be scaled"):
+        random_resized_crop(images((1, 1, 4, 4)), 0, **{"rows": 2, "cols": 2, **bad})  # type: ignore[arg-type]
+
+
+def test_colours_change_within_their_bounds_one_by_one() -> None:
+    batch = torch.tensor([0.3, 0.4, 0.5])[None, :, None, None].expand(300, 3, 2, 2).clone()
+    batch[..., 0] -= 0.1  # so that there is some contrast
+    bright = random_colour(batch, 0, 0.5, 0.0, 0.0)
+    factors = (bright / batch).flatten(1)
+    assert torch.allclose(factors, factors[:, :1].expand_as(factors), rtol=1e-4)
+    assert 1.4 < factors.max() <= 1.5001
+    assert 1 / 1.5001 <= factors.min() < 1 / 1.4
+    for contrast, saturation in ((0.5, 0.0), (0.0, 0.5)):
+        changed = random_colour(batch, 0, 0.0, contrast, saturation)
+        assert torch.allclose(changed.mean((1, 2, 3)), batch.mean((1, 2, 3)), atol=1e-5)
+        grey = batch.mean(1, keepdim=True)
+        kept = changed.mean(1, keepdim=True) if saturation else changed - changed.mean(1, keepdim=True)
+        assert torch.allclose(kept, grey.expand_as(kept), atol=1e-5) == bool(saturation)
+    assert torch.allclose(random_colour(batch, 0, 0.0, 0.0, 0.0), batch, atol=1e-6)
+
+
+@given(shapes, st.integers(0, 9))
+def test_colours_stay_between_black_and_white_and_grey_stays_grey(shape: tuple[int, ...], seed: int) -> None:
+    batch = images(shape) / math.prod(shape)
+    result = random_colour(batch, seed, 1.0, 1.0, 1.0)
+    assert result.shape == batch.shape
+    assert result.min() >= 0
+    assert result.max() <= 1
+    grey = batch[:, :1].expand_as(batch)
+    changed = random_colour(grey, seed, 1.0, 1.0, 1.0)
+    assert torch.allclose(changed, changed[:, :1].expand_as(changed), atol=1e-6)
 
 
 @given(shapes, st.floats(0, 1), st.integers(0, 9))
@@ -203,7 +267,7 @@ def test_augmented_batches_resume_exactly() -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.ones(3, 4, 4), torch.ones(2, 1, 4, 4, dtype=torch.uint8)])
-@pytest.mark.parametrize("function", EVERY)
+@pytest.mark.parametrize("function", [*EVERY, random_colour])
 def test_other_tensors_are_refused(function: Any, bad: Tensor) -> None:
     with pytest.raises(DataError, match=r"float images \[B, C, H, W\]"):
         function(bad, 0)

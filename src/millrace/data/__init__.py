@@ -4,9 +4,11 @@ from millrace.data.augment import (
     compose,
     on_images,
     random_affine,
+    random_colour,
     random_crop,
     random_erasing,
     random_flip,
+    random_resized_crop,
     random_shift,
 )
 from millrace.data.batches import Batch, Batches, Json
@@ -33,9 +35,11 @@ __all__ = [
     "prefetched",
     "python_text",
     "random_affine",
+    "random_colour",
     "random_crop",
     "random_erasing",
     "random_flip",
+    "random_resized_crop",
     "random_shift",
     "read_image",
     "split_text",

@@ -60,6 +60,68 @@ def random_flip(images: Tensor, generator: torch.Generator | int, probability: f
     return torch.where(flipped.to(images.device)[:, None, None, None], images.flip(-1), images)
 
 
+def random_resized_crop(
+    images: Tensor,
+    generator: torch.Generator | int,
+    rows: int,
+    cols: int,
+    least_area: float = 0.08,
+    max_stretch: float = 4 / 3,
+) -> Tensor:
+    """Cut a window of random size, proportions and place out of each image, and scale it to rows × cols.
+
+    Args:
+        images: [B, C, H, W].
+        generator: of the random numbers, or a seed.
+        rows, cols: of the result, in pixels.
+        least_area: the window's share of the image's area lies evenly between this and 1.
+        max_stretch: its proportions, against the image's, lie within this factor either way, evenly in the logarithm.
+
+    Source: Szegedy et al., "Going deeper with convolutions", CVPR 2015, section 6.
+    """
+    count, channels, _, _ = _shape(images)
+    if min(rows, cols) < 1 or not 0 < least_area <= 1 or max_stretch < 1:
+        raise DataError(
+            f"A window cannot be scaled to {rows} by {cols} with least_area={least_area}, max_stretch={max_stretch}: "
+            "expected at least one pixel, an area above 0 and of at most 1, and a stretch of at least 1."
+        )
+    draws = torch.rand(4, count, generator=_generator(generator), dtype=torch.float64)
+    area = least_area + draws[0] * (1 - least_area)
+    stretch = torch.exp((draws[1] * 2 - 1) * math.log(max_stretch))
+    high, wide = torch.sqrt(area * stretch).clamp(max=1), torch.sqrt(area / stretch).clamp(max=1)
+    down, right = (draws[2] * 2 - 1) * (1 - high), (draws[3] * 2 - 1) * (1 - wide)
+    zero = torch.zeros_like(high)
+    theta = torch.stack([wide, zero, right, zero, high, down], dim=1).view(count, 2, 3)
+    grid = functional.affine_grid(theta.to(images.device, images.dtype), [count, channels, rows, cols], False)
+    return functional.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def random_colour(
+    images: Tensor,
+    generator: torch.Generator | int,
+    max_brightness: float = 0.2,
+    max_contrast: float = 0.2,
+    max_saturation: float = 0.2,
+) -> Tensor:
+    """Change brightness, contrast and saturation of each image; results stay between 0 and 1.
+
+    Each of the three is a factor within 1 + its maximum either way, evenly in its logarithm: of all values, of their
+    distance from the image's mean grey, and of their distance from their own pixel's grey (an image of one channel has
+    no saturation).
+
+    Source: Howard, "Some improvements on deep convolutional neural network based image classification", 2013.
+    """
+    count = _shape(images)[0]
+    draws = torch.rand(3, count, generator=_generator(generator), dtype=torch.float64) * 2 - 1
+    most = torch.tensor([max_brightness, max_contrast, max_saturation], dtype=torch.float64).log1p()
+    factors = torch.exp(draws * most[:, None]).to(images.device, images.dtype)[..., None, None, None]
+    brightness, contrast, saturation = factors
+    grey = images.mean(1, keepdim=True)
+    coloured = grey + (images - grey) * saturation
+    middle = coloured.mean((1, 2, 3), keepdim=True)
+    return ((middle + (coloured - middle) * contrast) * brightness).clamp(0, 1)
+
+
 def random_affine(
     images: Tensor,
     generator: torch.Generator | int,
