@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.errors import FeedError
-from millrace.train.metrics import RunningMean, RunningMeans, ThroughputMeter, accuracy, bits_per_char, perplexity
+from millrace.train.metrics import (
+    RunningMean,
+    RunningMeans,
+    ThroughputMeter,
+    accuracy,
+    bits_per_char,
+    perplexity,
+    top_accuracy,
+)
 
 numbers = st.floats(-1e3, 1e3, width=32)
 weights = st.integers(1, 64)
@@ -116,3 +124,14 @@ def test_perplexity_and_bits_of_a_uniform_guess() -> None:
         assert float(bits_per_char(loss)) == pytest.approx(math.log2(50))
         assert float(bits_per_char(loss, chars_per_token=4)) == pytest.approx(math.log2(50) / 4)
     assert perplexity(1e6) == math.inf
+
+
+def test_top_accuracy_counts_labels_among_the_largest() -> None:
+    logits = torch.tensor([[5.0, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5], [9, 0, 0, 0, 0, -1]])
+    labels = torch.tensor([1, 1, 5])
+    shares = [float(top_accuracy(logits, labels, count)) for count in (1, 2, 5, 6, 9)]
+    assert shares == pytest.approx([0, 1 / 3, 2 / 3, 1, 1])
+    assert float(top_accuracy(logits, logits.argmax(-1), 1)) == 1
+    assert float(top_accuracy(logits[:, None], labels[:, None], 2)) == pytest.approx(1 / 3)
+    with pytest.raises(FeedError, match="need labels of shape"):
+        top_accuracy(logits, labels[:2])

@@ -158,6 +158,28 @@ def accuracy(logits: torch.Tensor, labels: torch.Tensor, dim: int = -1) -> torch
     return (logits.argmax(dim) == labels).to(torch.float32).mean()
 
 
+def top_accuracy(logits: torch.Tensor, labels: torch.Tensor, count: int = 5) -> torch.Tensor:
+    """The share of `labels` that are among the `count` largest logits; all of them where there are no more classes.
+
+    Args:
+        logits: (…, classes).
+        labels: (…), integers: the shape of `logits` without its last dimension.
+
+    Returns:
+        A scalar float32 on the same device, unread.
+
+    Raises:
+        FeedError: the shapes do not fit.
+    """
+    if labels.shape != logits.shape[:-1]:
+        raise FeedError(
+            f"top_accuracy: logits of shape {tuple(logits.shape)} need labels of shape {tuple(logits.shape[:-1])}, got "
+            f"{tuple(labels.shape)}."
+        )
+    best = logits.topk(min(count, logits.shape[-1]), dim=-1).indices
+    return (best == labels.unsqueeze(-1)).any(-1).to(torch.float32).mean()
+
+
 def perplexity(mean_loss: Number) -> Number:
     """How many equally likely tokens would be as surprising: e^loss. Infinite where that overflows.
 
