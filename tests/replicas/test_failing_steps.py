@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bench.fragile import DIRECTORY, fragile
-from tests.replicas.real_session import session_over
+from bench.fragile import DIRECTORY, FIRST_S, fragile
+from tests.replicas.real_session import pid_of, session_over
 from torch import Tensor, nn
 
 from millrace.errors import MillraceError, OutOfMemoryError, StepError
@@ -93,6 +96,26 @@ def test_who_failed_is_replaced_and_the_run_goes_on(update: Any, kind: str, faul
     assert found[-1] < found[0]
     (line,) = [line for line in said if "It is replaced." in line]
     assert ("it ran out of memory" in line) == (kind == "memory")
+
+
+@pytest.mark.parametrize("update", [UPDATES[0], *(pytest.param(u, marks=pytest.mark.long) for u in UPDATES[1:])])
+def test_the_first_step_of_a_replacement_may_take_longer_than_steps_do(
+    update: Any, faults: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FIRST_S, "4")
+    said: list[str] = []
+    settings = {"say": said.append, "launcher_in": members_in(), "patience_s": 1.0}
+    with session_over(graph_of(), update, 2, spares=1, **settings) as session:
+        losses(session, 2)
+        before = list(session.workers)
+        os.kill(pid_of(session, before[0]), signal.SIGKILL)
+        for _ in session.stream([TRAIN, "loss"], itertools.repeat(BATCH)):
+            if session.complete and before[0] not in session.workers:
+                break
+        losses(session, 2)
+        assert before[1] in session.workers
+    lost = [line for line in said if "was lost" in line or "stuck" in line]
+    assert len(lost) == 1, said
 
 
 @pytest.mark.parametrize("update", UPDATES, ids=NAMES)

@@ -108,7 +108,7 @@ class HybridSession(ServerSession):
             "keys": [key for key, _, _ in parts.values()],
             "numbers": [step * self._replicas + slice_ for slice_ in parts],  # of the streams of random numbers
             "weights": [size / total for _, _, size in parts.values()],
-            "timeout_s": self._times.patience_s / 2,  # of a shard
+            "timeout_s": self._patience_s / 2,  # of a shard
             "group_timeout_s": GROUP_WAITS * self._within_s("step"),
         }
         tensors = {

@@ -114,6 +114,7 @@ class MembersSession(RemoteSession):
         self._ranges = feed_ranges(graph)
         self._hosts: dict[str, str] = {}  # the machine of every member that there was
         self._given: dict[str, set[int]] = {}  # which programs each worker has
+        self._fresh: set[str] = set()  # workers that have not run yet what they were given last
         self._beside: dict[tuple[str, str], Message] = {}  # the newest message of each member and kind
         self._failures: Counter[int] = Counter()  # of the step, by number, in members who were replaced then
         self._failure = ""
@@ -128,7 +129,7 @@ class MembersSession(RemoteSession):
     def begin_again(self) -> None:
         """See `RemoteSession.begin_again`."""
         self._hub.clear("the run begins again")
-        for forgotten in (self._hosts, self._given, self._beside, self._failures):
+        for forgotten in (self._hosts, self._given, self._fresh, self._beside, self._failures):
             forgotten.clear()
         self._stale, self._failure = False, ""
         self._start()
@@ -229,6 +230,7 @@ class MembersSession(RemoteSession):
                 self._hosts[member] = host
                 self._decide(Joined(member))
             case hub_events.Lost(member, why):
+                self._fresh.discard(member)
                 if self._given.pop(member, None) is not None:  # not one that stood by, or was not needed any more
                     self._say(f"worker {member} was lost{self._when(member)}: {why}")
                 self._decide(Lost(member, why))
@@ -236,6 +238,8 @@ class MembersSession(RemoteSession):
                 if message.kind == "error":
                     self._failed_in(member, message)
                 else:
+                    if "tier" in message.fields:  # it has computed
+                        self._fresh.discard(member)
                     self._keep(member, message)
                     self._decide(Said(member, message.kind, message.fields))
         return event is not None
@@ -253,10 +257,16 @@ class MembersSession(RemoteSession):
         step = self._step_of(member)
         return "" if step is None else f", step {self.taken_before + step}"
 
+    def _begin_worker(self, member: str) -> None:
+        """Note that a member is given the role of a worker."""
+        self._given[member] = set()
+        self._fresh.add(member)
+
     def _load(self, member: str, key: int) -> None:
         """Have a worker make a program ready, unless it has it."""
         if key not in self._given[member]:
             self._given[member].add(key)
+            self._fresh.add(member)
             program = {GRAPH: self._programs.content(key), **self._programs.beside(key)}
             self._hub.send(member, Message("program", {"key": key}, program))
 
@@ -289,9 +299,11 @@ class MembersSession(RemoteSession):
                     self._hub.start(count)
                 case Stop(member):
                     self._given.pop(member, None)
+                    self._fresh.discard(member)
                     self._hub.kill(member, "not needed any more")
                 case Kill(member, why):
                     self._given.pop(member, None)
+                    self._fresh.discard(member)
                     self._hub.kill(member, why)
                 case Expect(member, doing):
                     self._hub.expect(member, None if doing is None else self._within_s(doing))
@@ -311,4 +323,10 @@ class MembersSession(RemoteSession):
 
     def _within_s(self, doing: str) -> float:
         """How long a member may show no progress while it is to do something."""
-        return self._times.patience_s
+        return self._patience_s
+
+    @property
+    def _patience_s(self) -> float:
+        """How long anybody may show no progress. While somebody runs a program for the first time, which may have to be
+        compiled, others may wait for that; who is frozen is noticed all the same."""
+        return self._times.first_s if self._fresh else self._times.patience_s

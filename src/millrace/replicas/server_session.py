@@ -322,7 +322,7 @@ class ServerSession(MembersSession):
         if kind == "role" and fields["role"] == "shard":
             fields, tensors = self._shard_role(fields)
         elif kind == "role":
-            self._given[member] = set()
+            self._begin_worker(member)
             fields |= {"compile": self._compile, "timeout_s": _CONTROL_S / 4, "held": self._held}
             fields["devices"] = self._devices.as_fields() if self._devices else None
             fields |= self._worker_settings()
@@ -354,13 +354,13 @@ class ServerSession(MembersSession):
             wanted.given = self._kept.given()  # a slice that is given out again is given the same
         self._load(member, key)
         number = slice_ if self._sync else step
-        fields |= {"key": key, "number": number, "examples": examples, "timeout_s": self._times.patience_s / 2}
+        fields |= {"key": key, "number": number, "examples": examples, "timeout_s": self._patience_s / 2}
         self._began_s[member] = time.monotonic()
         tensors = {FEED + name: value for name, value in feeds.items()}
         return fields, tensors | {VARIABLE + name: value for name, value in wanted.given.items()}
 
     def _within_s(self, doing: str) -> float:
-        patience_s = self._times.patience_s
+        patience_s = self._patience_s
         return max(patience_s, patience_s / 2 + _GRACE_S) if doing.startswith("step") else _CONTROL_S
 
 

@@ -257,7 +257,7 @@ class ReplicatedSession(MembersSession):
     def _tell(self, member: str, kind: str, fields: dict[str, Any]) -> None:
         tensors: dict[str, Tensor] = {}
         if kind == "role":
-            self._given[member] = set()
+            self._begin_worker(member)
             fields |= {"role": "worker", "compile": self._compile}
             fields |= {"stages": self._stages, "travel": asdict(self._travel)}
             fields["devices"] = self._devices.as_fields() if self._devices else None

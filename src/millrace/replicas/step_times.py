@@ -28,9 +28,14 @@ class StepTimes:
         self._steps_s.append(step_s)
 
     @property
+    def first_s(self) -> float:
+        """How long to wait for whoever runs a program for the first time."""
+        return _COMPILE_S if self._compile == "inductor" else _FIRST_STEP_S
+
+    @property
     def patience_s(self) -> float:
         """How long to wait for progress now."""
         if not self._steps_s:
-            return _COMPILE_S if self._compile == "inductor" else _FIRST_STEP_S
+            return self.first_s
         usual_s = statistics.median(self._steps_s)
         return self._given_s or max(_LEAST_PATIENCE_S, _STEPS_OF_PATIENCE * usual_s)
