@@ -118,7 +118,7 @@ def beam_search(
     found: list[list[Hypothesis]] = [[] for _ in range(sources)]
     for length in range(beam.max_length + 1):
         said = step(live.tokens_NT[:, -1], live.state)
-        live = replace(live, state={**live.state, **said.state}, attention_NTS=_longer(live.attention_NTS, said))
+        live = replace(live, attention_NTS=_longer(live.attention_NTS, said))
         next_BWV = live.log_probs_BW[..., None] + said.log_probs.view(sources, beam.width, -1)
         if allowed is not None:
             next_BWV = next_BWV + _forbidden(live, allowed, next_BWV)
@@ -126,7 +126,7 @@ def beam_search(
         if length == beam.max_length:
             break
         next_BWV[..., beam.end] = -math.inf
-        live = _continued(live, next_BWV)
+        live = _continued(live, next_BWV, said.state)
         best_B = live.log_probs_BW.amax(1).double() / beam.normalizer(beam.max_length + 1)
         if all(_settled(best, hypotheses, beam) for best, hypotheses in zip(best_B.tolist(), found, strict=True)):
             break
@@ -178,14 +178,14 @@ def _coverage(attention_NTS: Tensor, source_mask: Tensor | None, width: int) -> 
     return missing_NS.sum(-1).view(-1, width)
 
 
-def _continued(live: _Live, next_BWV: Tensor) -> _Live:
-    """The likeliest continuations of each source's hypotheses."""
+def _continued(live: _Live, next_BWV: Tensor, changed: State) -> _Live:
+    """The likeliest continuations of each source's hypotheses. What did not change is the same in all of its rows."""
     sources, width, vocabulary = next_BWV.shape
     log_probs_BW, chosen_BW = next_BWV.flatten(1).topk(width, dim=1)
     first_row_B1 = torch.arange(sources, device=next_BWV.device)[:, None] * width
     rows_N = (first_row_B1 + chosen_BW // vocabulary).flatten()
     tokens_NT = torch.cat([live.tokens_NT[rows_N], (chosen_BW % vocabulary).view(-1, 1)], 1)
-    state = {name: part[rows_N] for name, part in live.state.items()}
+    state = {**live.state, **{name: part[rows_N] for name, part in changed.items()}}
     attention = None if live.attention_NTS is None else live.attention_NTS[rows_N]
     return _Live(tokens_NT, log_probs_BW, state, attention)
 

@@ -1,0 +1,230 @@
+"""Translate the messages of programs: an LSTM encoder-decoder with attention, or a transformer.
+
+Learns from the translation catalogues of whatever is installed, or from pairs of one's own.
+
+Source: Wu et al., "Google's neural machine translation system", 2016; Vaswani et al., "Attention is all you need",
+2017.
+
+Shape suffixes: B sentences, S subwords of a source, T of a target, V in the vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from millrace.data.batches import Batches
+from millrace.data.catalogues import Pair
+from millrace.data.pairs import PairBatches, TokenPair, buckets_for
+from millrace.data.parallel_text import read_pairs, reversals, split_by_message
+from millrace.data.placeholders import MARKS, masked, restored
+from millrace.data.subwords import END, START, Subwords
+from millrace.errors import DataError
+from millrace.models.attention_picture import attention_picture
+from millrace.models.beam import Beam, Hypothesis
+from millrace.models.encoder_decoder import EncoderDecoder, search, sequence_loss, shifted, token_accuracy
+from millrace.models.lstm_encoder_decoder import LstmEncoderDecoder
+from millrace.models.transformer_encoder_decoder import TransformerEncoderDecoder
+from millrace.optim.constructors import adamw
+from millrace.optim.optimizer import Optimizer
+from millrace.optim.schedule import Cosine, Warmup
+from millrace.zoo.base import Facts, Pictures, Prediction, Task, TaskData
+from millrace.zoo.extras import require
+from millrace.zoo.settings import Settings, setting
+
+_MADE_UP = 60_000  # pairs of the made-up language
+_SEARCHED = 64  # sentences that are translated at a time
+_SHOWN = 5  # translations in the report, and pictures
+
+
+@dataclass(frozen=True)
+class TranslateSettings(Settings):
+    """Defaults that translate short messages after about five minutes on one core."""
+
+    steps: int | None = setting(1500, "stop after so many steps", low=1, on_resume=True)
+    batch_size: int = setting(64, "sentence pairs per step", low=1)
+    evaluate_every: int | None = setting(250, "steps between evaluations", low=1, on_resume=True)
+    checkpoint_every: int | None = setting(250, "steps between checkpoints", low=1, on_resume=True)
+    threads: int | None = setting(1, "of the CPU to train with; none takes one per core", low=1, on_resume=True)
+    data: str = setting(
+        "", "pairs of one's own: .mo, .po, .tsv, a directory of catalogues, a Hugging Face data set; or reversal"
+    )
+    language: str = setting("fr", "to translate into, from English")
+    longest: int = setting(24, "subwords of a sentence at most, or of a translation", low=1)
+    pieces: int = setting(4000, "subwords at most, in a vocabulary that both languages share", low=300)
+    kind: Literal["lstm", "transformer"] = setting("lstm", "of encoder and decoder")
+    width: int = setting(192, "features of every layer", low=2)
+    layers: int = setting(2, "of the encoder, and of the decoder", low=2)
+    heads: int = setting(4, "of a transformer's attention; they must divide the width", low=1)
+    dropout: float = setting(0.1, "share left out before every layer", low=0, high=0.9)
+    label_smoothing: float = setting(0.1, "share of the target spread over all subwords", low=0, high=0.9)
+    learning_rate: float = setting(3e-3, "at the top of the schedule", low=0)
+    weight_decay: float = setting(0.05, "decoupled", low=0)
+    beam: int = setting(4, "hypotheses of the search", low=1, on_resume=True)
+    length_penalty: float = setting(0.6, "alpha of Wu et al.: more favours the long", low=0, on_resume=True)
+    coverage_penalty: float = setting(0.2, "beta: more wants the whole source looked at", low=0, on_resume=True)
+
+
+class Translate(Task[TranslateSettings]):
+    """Batches {"source": [B, S], "target": [B, T]} of subwords, padded; the target ends with END."""
+
+    settings_type = TranslateSettings
+    metric = "bleu"
+    monitor = "loss"  # BLEU takes a search
+    bar = 15.0
+    _subwords: Subwords
+
+    def data(self, facts: Facts | None = None) -> TaskData:
+        """Sentence pairs in parts that share no message."""
+        s = self.settings
+        pairs = reversals(_MADE_UP, s.longest) if s.data == "reversal" else read_pairs(s.data, s.language)
+        parts = split_by_message(pairs)
+        learned = (text for pair in parts[0] for text in pair)
+        self._subwords = Subwords.of(learned, s.pieces, MARKS) if facts is None else _subwords(facts)
+        train, validation, test = map(self._tokens, parts)
+        if not (train and validation and test):
+            raise DataError(
+                f"There are {len(pairs)} sentence pairs, and {len(train)} to learn from that have at most "
+                f"longest={s.longest} subwords on either side: too few to hold some out for tests. Give more."
+            )
+        buckets = buckets_for([*train, *validation, *test])
+        size = min(s.batch_size, len(validation))
+        return TaskData(
+            PairBatches(train, s.batch_size, buckets, s.seed),
+            PairBatches(validation[: len(validation) // size * size], size, buckets[-1:]),  # one graph serves all
+            PairBatches(test, min(_SEARCHED, len(test)), buckets[-1:]),
+            facts={"subwords": self._subwords.to_json()},
+        )
+
+    def _tokens(self, pairs: list[Pair]) -> list[TokenPair]:
+        """Those that are not too long; both sides end with END."""
+        sources, targets = (self._subwords.encode_all([pair[side] for pair in pairs]) for side in (0, 1))
+        both = zip(sources, targets, strict=True)
+        return [([*s, END], [*t, END]) for s, t in both if max(len(s), len(t)) <= self.settings.longest]
+
+    def model(self, facts: Facts) -> EncoderDecoder:
+        """As wide and deep as the settings say."""
+        s, size = self.settings, len(_subwords(facts))
+        if s.kind == "transformer":
+            return TransformerEncoderDecoder(size, size, s.width, s.layers, s.heads, s.dropout)
+        return LstmEncoderDecoder(size, size, s.width, s.layers, s.dropout)
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of the next subword, after the right ones; smoothed in training only."""
+        logits_BTV = model(batch["source"], shifted(batch["target"], START))
+        smoothing = self.settings.label_smoothing if model.training else 0.0
+        loss = sequence_loss(logits_BTV, batch["target"], smoothing)
+        return loss, {"token_accuracy": token_accuracy(logits_BTV, batch["target"])}
+
+    def optimizer(self, model: nn.Module, steps: int) -> Optimizer:
+        """AdamW on clipped gradients; the rate climbs over a tenth of the run and falls along a cosine."""
+        s = self.settings
+        climb = max(1, steps // 10)
+        rate = Warmup(climb, Cosine(s.learning_rate, steps=max(1, steps - climb), end=s.learning_rate / 20))
+        return adamw(rate, betas=(0.9, 0.98), weight_decay=s.weight_decay, clip_norm=1.0)
+
+    def evaluate(self, model: nn.Module, batches: Batches) -> dict[str, float]:
+        """Loss, BLEU (0 to 100), the share of translations that are the reference, and BLEU of copying the source."""
+        sources, references, said = self._translated(model, batches)
+        return {
+            **super().evaluate(model, batches),
+            "bleu": bleu(said, references),
+            "exact": sum(a == b for a, b in zip(said, references, strict=True)) / len(said),
+            "bleu_of_copy": bleu(sources, references),
+        }
+
+    def _translated(self, model: nn.Module, batches: Batches) -> tuple[list[str], list[str], list[str]]:
+        """Sources, references and translations as texts."""
+        sources, references, said = [], [], []
+        for batch in batches.one_pass():
+            sources += [self._subwords.decode(row) for row in batch["source"].tolist()]
+            references += [self._subwords.decode(row) for row in batch["target"].tolist()]
+            said += [self._subwords.decode(best.tokens) for best in self._best(model, batch["source"])]
+        return sources, references, said
+
+    def _best(self, model: nn.Module, source_BS: Tensor) -> list[Hypothesis]:
+        s = self.settings
+        beam = Beam(START, END, s.beam, 2 * source_BS.shape[1], s.length_penalty, s.coverage_penalty)
+        return [found[0] for found in search(cast(EncoderDecoder, model), source_BS, beam)]
+
+    def report(self, model: nn.Module, data: TaskData) -> str:
+        """BLEU beside that of two baselines, and some translations."""
+        sources, references, said = self._translated(model, data.test)
+        learned = [tuple(map(self._subwords.decode, pair)) for pair in cast(PairBatches, data.train).pairs]
+        nearest = nearest_translations(sources, [a for a, _ in learned], [b for _, b in learned])
+        figures = {"this model": said, "copying the source": sources, "the nearest training source's": nearest}
+        lines = [f"BLEU of {name}: {bleu(texts, references):.1f}" for name, texts in figures.items()]
+        for number in range(0, len(said), max(1, len(said) // _SHOWN)):
+            lines += ["", f"  {sources[number]}", f"  → {said[number]}", f"  ({references[number]})"]
+        return _readable("\n".join(lines))
+
+    def pictures(self, model: nn.Module, data: TaskData) -> Pictures:
+        """Where the model looked while it translated some of the test sentences."""
+        source_BS = next(data.test.one_pass())["source"][:_SHOWN]
+        found = zip(source_BS, self._best(model, source_BS), strict=True)
+        return {f"attention_{n}": self._picture(row, best) for n, (row, best) in enumerate(found)}
+
+    def _picture(self, source_S: Tensor, best: Hypothesis) -> Tensor:
+        read = [token for token in source_S.tolist() if token]
+        assert best.attention is not None
+        labels = (
+            [_readable(piece) or "END" for piece in self._subwords.pieces(t)] for t in ((*best.tokens, END), read)
+        )
+        return attention_picture(best.attention[:, : len(read)], *labels)
+
+    def predict(self, model: nn.Module, file: Path, facts: Facts) -> Prediction:
+        """The translation of every line of a text, and where the model looked for the first."""
+        self._subwords = _subwords(facts)
+        said: list[str] = []
+        pictures: dict[str, Tensor] = {}
+        for line in _lines(file):
+            marked = masked(line)
+            if marked is None:
+                raise DataError(f"This line of {file} has more than {len(MARKS)} placeholders: {line[:60]!r}. Cut it.")
+            source_1S = torch.tensor([[*self._subwords.encode(marked[0]), END]])
+            best = self._best(model, source_1S)[0]
+            said.append(restored(self._subwords.decode(best.tokens), marked[1]))
+            pictures = pictures or {"attention": self._picture(source_1S[0], best)}
+        return Prediction("\n".join(said), {"translations": list(said)}, pictures)
+
+
+def bleu(said: list[str], references: list[str]) -> float:
+    """Corpus BLEU, 0 to 100, as sacrebleu measures it. Source: Post, "A call for clarity in reporting BLEU", 2018."""
+    return float(require("sacrebleu", extra="zoo", package="sacrebleu").corpus_bleu(said, [references]).score)
+
+
+def nearest_translations(sources: list[str], learned: list[str], translations: list[str]) -> list[str]:
+    """For each source the translation of the learned one that shares the most, and the rarest, pieces of words."""
+    text = require("sklearn.feature_extraction.text", extra="zoo", package="scikit-learn")
+    pieces = text.TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True).fit(learned)
+    likeness = pieces.transform(sources) @ pieces.transform(learned).T
+    return [translations[number] for number in likeness.argmax(axis=1).A1]
+
+
+def _subwords(facts: Facts) -> Subwords:
+    return Subwords.from_json(cast(Facts, facts["subwords"]))
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = [" ".join(line.split()) for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise DataError(
+            f"The text file {file} cannot be read: {reason}. Give plain text, a sentence a line."
+        ) from error
+    if not any(lines):
+        raise DataError(f"The text file {file} is empty: give a sentence a line.")
+    return [line for line in lines if line]
+
+
+def _readable(text: str) -> str:
+    """Marks of placeholders as people can read them."""
+    return restored(text, [f"⟨{number}⟩" for number in range(1, len(MARKS) + 1)])
+
+
+TASK = Translate
