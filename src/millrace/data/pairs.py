@@ -62,9 +62,9 @@ class PairBatches(EpochBatches):
         generator = generator_from("order", self._seed, epoch)
         batches: list[tuple[int, Tensor]] = []
         for number, (source, _) in enumerate(self._buckets):
-            whole = len(source) - len(source) % self._batch_size
-            order = torch.randperm(len(source), generator=generator)[:whole]
-            batches += [(number, indices) for indices in order.split(self._batch_size)]
+            order = torch.randperm(len(source), generator=generator)
+            whole = len(source) // self._batch_size
+            batches += [(number, indices) for indices in order.split(self._batch_size)[:whole]]
         for place in torch.randperm(len(batches), generator=generator).tolist()[first:]:
             yield self._fetch(*batches[place])
 
