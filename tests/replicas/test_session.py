@@ -16,12 +16,12 @@ from tests.replicas import slow_backward
 from tests.replicas.real_session import EXAMPLES, pid_of, session_over, train, values_of
 from torch import Tensor
 
-from millrace.errors import FetchError, MillraceError, WorkerError
+from millrace.errors import FeedError, FetchError, MillraceError, WorkerError
 from millrace.graph.graph import TRAIN
 from millrace.graph.training import training_graph
 from millrace.replicas import stages
 from millrace.replicas.session import ReplicatedSession
-from millrace.replicas.settings import Sync, Travel
+from millrace.replicas.settings import Async, Sync, Travel, Update
 from millrace.runtime.launch import ProcessLauncher
 from millrace.runtime.session import Session
 
@@ -162,6 +162,27 @@ def test_an_error_of_the_model_ends_the_run_and_names_worker_step_and_line() -> 
         bad = batch[0], torch.tensor([0, 1, 2, 3, 2, 9])
         with pytest.raises(MillraceError, match=r"(?s)(worker m\d, step 2: .*)?test_session.py:\d+ in failing"):
             session.run([TRAIN, "loss"], bad)
+
+
+def flattened(model: torch.nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Labels of many lengths, which a graph of one length arranges by its own sizes."""
+    return torch.nn.functional.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+
+
+@pytest.mark.parametrize("rule", [Sync(), Async()], ids=["in step", "on their own"])
+def test_batches_of_another_length_are_looked_through_by_their_own_sizes(rule: Update) -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Embedding(5, 7).double()
+
+    def batch(length: int, label: int = 6) -> tuple[Tensor, Tensor]:
+        return torch.zeros(4, length, dtype=torch.int64), torch.full((4, length), label)
+
+    graph = training_graph(net, flattened, torch.optim.SGD(net.parameters(), lr=0.1), batch(9))
+    with session_over(graph, rule, 2) as session:
+        for length in (9, 7, 3):
+            session.run([TRAIN, "loss"], batch(length))
+        with pytest.raises(FeedError, match="holds 7, but expected are labels or indices from 0 to 6"):
+            session.run([TRAIN, "loss"], batch(7, label=7))
 
 
 def test_everybody_lost_at_once_ends_in_words(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from millrace.data.randomness import generator_from
 from millrace.errors import DataError
 
 TokenPair = tuple[Sequence[int], Sequence[int]]
+_WORTH_IT = 0.8  # of the length of the next shape, for a graph of its own
 
 
 class PairBatches(EpochBatches):
@@ -79,13 +80,18 @@ class PairBatches(EpochBatches):
 
 
 def buckets_for(pairs: Sequence[TokenPair], shares: Sequence[float] = (0.5, 0.85, 1.0)) -> list[tuple[int, int]]:
-    """Shapes of which each holds such a share of the pairs, at least: the longest of that share, on either side."""
+    """Shapes of which each holds at least such a share of the pairs; one that saves little over the next is left out.
+
+    Args: shares: ascending, the last one 1.
+    """
     by_length = sorted((max(len(source), len(target)), len(source), len(target)) for source, target in pairs)
-    shapes = []
-    for share in shares:
+    shapes: list[tuple[int, int]] = []
+    for share in reversed(shares):
         inside = by_length[: max(1, round(share * len(by_length)))]
-        shapes.append((max(source for _, source, _ in inside), max(target for _, _, target in inside)))
-    return sorted(set(shapes))
+        shape = max(source for _, source, _ in inside), max(target for _, _, target in inside)
+        if not shapes or sum(shape) <= _WORTH_IT * sum(shapes[-1]):
+            shapes.append(shape)
+    return shapes[::-1]
 
 
 def _bucket(source: int, target: int, buckets: Sequence[tuple[int, int]]) -> int:

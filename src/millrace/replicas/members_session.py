@@ -48,7 +48,6 @@ from millrace.replicas.worker import GRAPH
 from millrace.runtime.aliasing import Memory
 from millrace.runtime.feeds import FeedReader
 from millrace.runtime.messages import Message
-from millrace.runtime.ranges import feed_ranges
 from millrace.runtime.remote_session import RemoteSession
 
 log = logging.getLogger(__name__)
@@ -111,7 +110,6 @@ class MembersSession(RemoteSession):
         )
         self._times = StepTimes(compile, patience_s)
         self._reader = FeedReader(graph, Memory([]))
-        self._ranges = feed_ranges(graph)
         self._hosts: dict[str, str] = {}  # the machine of every member that there was
         self._given: dict[str, set[int]] = {}  # which programs each worker has
         self._fresh: set[str] = set()  # workers that have not run yet what they were given last

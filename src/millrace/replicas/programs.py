@@ -16,6 +16,7 @@ from millrace.graph.passes.microbatch import microbatch
 from millrace.graph.save import graph_bytes
 from millrace.replicas.mean_loss import check_mean
 from millrace.runtime.feeds import Batch, FeedReader, Key
+from millrace.runtime.ranges import Range, check_ranges, feed_ranges
 
 INDICES, PIECES = "indices", "pieces"  # name what is beside a program
 
@@ -48,6 +49,7 @@ class Programs:
             int, tuple[int, tuple[str, ...]]
         ] = {}  # of each program: how many, and the names of its feeds
         self._keys: dict[Key, int] = {}  # by the shape of a slice
+        self._ranges: dict[int, tuple[Range, ...]] = {}  # what each program asks of its feeds
         self._contents: dict[int, Tensor] = {}
         self._beside: dict[int, dict[str, Tensor]] = {}  # what travels with a program
         self._lookups: dict[int, dict[str, int]] = {}
@@ -56,7 +58,8 @@ class Programs:
         """The number of the program for a slice of this shape, and the slice's feeds by name.
 
         Raises: WorkerError for a new shape where the graph cannot be traced again; FeedError where the step does not
-            run on it; SettingError as `halves`, and for a loss that is a sum.
+            run on it, or a label or an index is out of range; SettingError as `halves`, and for a loss that is a
+            sum.
         """
         key: Key = tuple((tuple(feed.shape), feed.dtype) for feed in feeds)
         if key not in self._keys:
@@ -65,12 +68,15 @@ class Programs:
                 if graph.retrace is None:
                     raise WorkerError("a graph that was loaded from a file cannot be traced for slices of its batch")
                 graph = self._traced(graph.retrace, feeds)
+                check_ranges(feed_ranges(graph), [feeds])
                 if self._variables is not None and check_mean(self._graph, graph, self._variables, feeds):
                     self._variables = None
             number = len(self._keys)
             self._contents[number] = as_tensor(graph_bytes(self._made(graph, number)))
+            self._ranges[number] = feed_ranges(graph)
             self._keys[key] = number
         number = self._keys[key]
+        check_ranges(self._ranges[number], [feeds])
         parts, names = self._parts[number]
         flat = [part for each in zip(*(feed.chunk(parts) for feed in feeds), strict=True) for part in each]
         return number, dict(zip(names, flat if parts > 1 else feeds, strict=True))

@@ -44,7 +44,6 @@ from millrace.replicas.shard_setup import shard_setup
 from millrace.replicas.slices import examples_in, sizes_of, wholes_of
 from millrace.replicas.worker import VARIABLE
 from millrace.runtime.messages import Message
-from millrace.runtime.ranges import check_ranges
 
 STALENESS = "staleness"
 
@@ -229,7 +228,6 @@ class ServerSession(MembersSession):
 
     def _hand_out(self, feed: Any) -> None:
         batch = self._reader.read(feed)
-        check_ranges(self._ranges, [batch.given])
         wanted = Wanted(self._step)
         parts: list[tuple[int, Sequence[Tensor]]] = [(1, batch.placed)]
         if isinstance(self._update, Sync):

@@ -40,7 +40,6 @@ from millrace.replicas.stages import early_stages
 from millrace.replicas.suspicion import GROUP_WAITS
 from millrace.replicas.worker import GRAPH, UPDATE, VARIABLE
 from millrace.runtime.messages import Message
-from millrace.runtime.ranges import check_ranges
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,6 @@ class ReplicatedSession(MembersSession):
     def _take_step(self, feeds: Sequence[Any]) -> dict[str, Tensor]:
         """One step of the coordinator's: of one batch, or of several of one shape, which workers train on alone."""
         read = [self._reader.read(feed) for feed in feeds]
-        check_ranges(self._ranges, [batch.given for batch in read])
         names = [f.name for f in self.graph.feeds]
         sizes = sizes_of(examples_in(read[0].placed, names), self.replicas)
         parts = [[t.split(sizes) for t in batch.placed] for batch in read]

@@ -45,7 +45,7 @@ _SHOWN = 5  # translations in the report, and pictures
 class TranslateSettings(Settings):
     """Defaults that translate short messages after about five minutes on one core."""
 
-    steps: int | None = setting(1500, "stop after so many steps", low=1, on_resume=True)
+    steps: int | None = setting(1200, "stop after so many steps", low=1, on_resume=True)
     batch_size: int = setting(64, "sentence pairs per step", low=1)
     evaluate_every: int | None = setting(250, "steps between evaluations", low=1, on_resume=True)
     checkpoint_every: int | None = setting(250, "steps between checkpoints", low=1, on_resume=True)
@@ -75,7 +75,6 @@ class Translate(Task[TranslateSettings]):
     settings_type = TranslateSettings
     metric = "bleu"
     monitor = "loss"  # BLEU takes a search
-    bar = 15.0
     _subwords: Subwords
 
     def data(self, facts: Facts | None = None) -> TaskData:
