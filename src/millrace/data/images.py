@@ -194,10 +194,19 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def write_png(image: Tensor, file: Path) -> None:
-    """Write a picture. Args: image: float [1 or 3, rows, cols], from 0 (black) to 1; what lies outside is cut off."""
+def write_png(image: Tensor, file: Path, frame_s: float = 1 / 15) -> None:
+    """Write a picture, or a film as an animated PNG.
+
+    Args:
+        image: float [1 or 3, rows, cols], from 0 (black) to 1; what lies outside is cut off. A film has frames before
+            these: [frames, 1 or 3, rows, cols].
+        frame_s: how long each frame of a film is shown, in seconds.
+    """
     pixels = (image.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
-    mode = {1: "L", 3: "RGB"}[len(pixels)]
-    array = pixels[0].numpy() if mode == "L" else pixels.permute(1, 2, 0).contiguous().numpy()
+    films = pixels if pixels.ndim == 4 else pixels[None]
+    mode = {1: "L", 3: "RGB"}[films.shape[1]]
+    arrays = films[:, 0].numpy() if mode == "L" else films.permute(0, 2, 3, 1).contiguous().numpy()
+    first, *others = (Image.fromarray(array, mode) for array in arrays)
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array, mode).save(file, format="PNG", optimize=True)
+    more = {"save_all": True, "append_images": others, "duration": 1000 * frame_s, "loop": 0} if others else {}
+    first.save(file, format="PNG", optimize=True, **more)

@@ -11,7 +11,7 @@ from millrace.train.run_state import Outcome
 
 
 class RunView(Protocol):
-    """What a callback sees of the run, and the one thing it can ask of it."""
+    """What a callback sees of the run, and what it can ask of it."""
 
     @property
     def directory(self) -> Path | None:
@@ -23,6 +23,9 @@ class RunView(Protocol):
 
     def stop(self) -> None:
         """Ask the run to end after this step, as finished."""
+
+    def pull(self) -> None:
+        """Have the user's module hold the present weights, wherever they are trained."""
 
 
 class Callback:

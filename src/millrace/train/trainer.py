@@ -87,6 +87,11 @@ class Trainer:
         """End after the present step, as finished (callbacks call this)."""
         self._stop = True
 
+    def pull(self) -> None:
+        """Have the user's module hold the present weights, wherever they are trained."""
+        if self._session is not None:
+            self._session.pull()
+
     def run(self) -> Result:
         """Train until the plan is done, something asks to stop, or an error ends it.
 
@@ -429,7 +434,7 @@ class Trainer:
             self._begin_at_rest()  # nothing is left to do, but the weights are wanted all the same
         self._journal.log(self.step)
         self._check_parameters()
-        self._pull()
+        self.pull()
         if self._signals.asked is None:
             self._evaluate()
         self._save()
@@ -438,11 +443,6 @@ class Trainer:
         self._announce_checkpoints()
         if self._session is not None:
             put_averages(self._session)
-
-    def _pull(self) -> None:
-        """Have the user's module hold the present weights, wherever they are trained."""
-        if self._session is not None:
-            self._session.pull()
 
     def _close(self, outcome: Outcome) -> list[Exception]:
         """Let go of everything, whatever goes wrong with a part of it; returns what did."""

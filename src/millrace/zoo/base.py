@@ -24,7 +24,8 @@ from millrace.zoo.settings import Settings
 
 S = TypeVar("S", bound=Settings)
 Facts: TypeAlias = Mapping[str, Json]
-Pictures: TypeAlias = Mapping[str, Tensor]  # name -> float [1 or 3, rows, cols], from 0 (black) to 1
+# name -> float [1 or 3, rows, cols], from 0 (black) to 1; films [frames, 1 or 3, rows, cols] become animated PNGs
+Pictures: TypeAlias = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
