@@ -91,7 +91,7 @@ class _Numbers(Games):
 
     def __init__(self, games: Any, name: str) -> None:
         seen, done = games.single_observation_space, games.single_action_space
-        if len(getattr(seen, "shape", None) or ()) != 1 or not hasattr(done, "n") or getattr(done, "start", 0):
+        if len(getattr(seen, "shape", None) or ()) != 1 or not hasattr(done, "n") or done.start:
             games.close()
             raise DataError(
                 f"The game {name!r} shows {seen} and takes {done}, but it must show a row of numbers and take one of "

@@ -40,14 +40,17 @@ class Values(nn.Module):
 
 
 class Learner(nn.Module):
-    """A network, the older one (`target`) that gives it its targets, and the step from one to the other."""
+    """A network, the older one (`target`) that gives it its targets, and how far they are apart."""
+
+    steps: Tensor
+    errors: Tensor | None
 
     def __init__(self, online: nn.Module, target_every: int, discount: float, double: bool, errors: int) -> None:
         """errors: how many are kept for `Experience.prioritize`: a batch's, or 0."""
         super().__init__()
         self.online = online
         self.target = copy.deepcopy(online).requires_grad_(False)
-        self.target_every, self.discount, self.double = target_every, discount, double
+        self.target_every, self.discount, self.doubled = target_every, discount, double
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("errors", torch.zeros(errors) if errors else None)
 
@@ -59,7 +62,7 @@ class Learner(nn.Module):
         with torch.no_grad():
             self._renew_target()
             after_BA = self.target(frames[:, 1:])
-            best_B1 = (self.online(frames[:, 1:]) if self.double else after_BA).argmax(-1, keepdim=True)
+            best_B1 = (self.online(frames[:, 1:]) if self.doubled else after_BA).argmax(-1, keepdim=True)
             after_B = after_BA.gather(1, best_B1)[:, 0]
             target_B = batch["rewards"] + self.discount * (1 - batch["ends"]) * after_B
             if self.errors is not None:

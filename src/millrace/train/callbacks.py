@@ -25,7 +25,10 @@ class RunView(Protocol):
         """Ask the run to end after this step, as finished."""
 
     def pull(self) -> None:
-        """Have the user's module hold the present weights, wherever they are trained."""
+        """Have the user's module hold the present weights, wherever they are trained.
+
+        Where several batches are in work at once (asynchronous replicas), these are finished first.
+        """
 
 
 class Callback:

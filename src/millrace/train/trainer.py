@@ -72,6 +72,7 @@ class Trainer:
         self._fetches: list[str] = []
         self._signals = Interruptible(StopRequest(self.directory), at_once=lambda: self._session is None)
         self._stop = False
+        self._in_stretch = self._pull_later = False
         self._data_error: Exception | None = None
         self._saving: list[tuple[int, Path]] = []  # begun, not yet announced to the callbacks
         self._restarts = Restarts()
@@ -88,8 +89,12 @@ class Trainer:
         self._stop = True
 
     def pull(self) -> None:
-        """Have the user's module hold the present weights, wherever they are trained."""
-        if self._session is not None:
+        """Have the user's module hold the present weights, wherever they are trained.
+
+        Where several batches are in work at once, these are finished first: the weights are there soon, not on return.
+        """
+        self._pull_later = self._in_stretch
+        if self._session is not None and not self._pull_later:
             self._session.pull()
 
     def run(self) -> Result:
@@ -223,6 +228,8 @@ class Trainer:
         """A batch and those after it, up to where something falls due or the run is wanted to end."""
         yield batch
         while not (self._wanted_to_end() or self._falls_due(self._batches.handed_out) or self._unsaved_for_long()):
+            if self._pull_later:
+                return
             following = next(batches, None)
             if following is None:
                 return
@@ -262,10 +269,16 @@ class Trainer:
     def _take_stretch(self, batches: Iterator[Any]) -> None:
         """Run a step for every batch, in the order in which they are done."""
         assert self._session is not None
-        for found, batch in self._session.stream([TRAIN, *self._fetches], batches):
-            values = dict(zip(self._fetches, found[1:], strict=True))
-            self._after_step(values, batch)
-            self._journal.show(self.step, values, examples=examples_in(batch), epoch=self._current_epoch())
+        self._in_stretch = True
+        try:
+            for found, batch in self._session.stream([TRAIN, *self._fetches], batches):
+                values = dict(zip(self._fetches, found[1:], strict=True))
+                self._after_step(values, batch)
+                self._journal.show(self.step, values, examples=examples_in(batch), epoch=self._current_epoch())
+        finally:
+            self._in_stretch = False
+        if self._pull_later:
+            self.pull()
 
     def _after_step(self, values: Mapping[str, Tensor], batch: Any) -> None:
         self._place = replace(self._place, step=self.step + 1)

@@ -38,6 +38,7 @@ _BY_KIND: dict[str, tuple[float, float]] = {
     "capacity": (50_000, 100_000),
     "warm_up": (1_000, 20_000),
     "target_every": (100, 250),
+    "delta": (100.0, 1.0),
     "matches": (100, 5),
     "careless": (0.0, 0.05),
 }
@@ -67,6 +68,7 @@ class PlaySettings(Settings):
     discount: float = setting(0.99, "of a reward for every step that it lies ahead", low=0, high=1)
     learning_rate: float | None = setting(None, "of Adam, at first; it falls to 0", low=0)
     target_every: int | None = setting(None, "steps between copies of the network to the target's", low=1)
+    delta: float | None = setting(None, "size from which on a value's error counts linearly, not squared", low=0)
     explore: float = setting(0.2, "share of the run after which few actions are random", low=0, high=1)
     epsilon: float = setting(0.02, "share of random actions from there on", low=0, high=1)
     matches: int | None = setting(None, "games in an evaluation", low=1, on_resume=True)
@@ -128,12 +130,12 @@ class Play(Task[PlaySettings]):
         return Learner(self._network(_kind_of(facts)), cast(int, s.target_every), s.discount, s.double, errors)
 
     def loss(self, model: Learner, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Of the values' errors, which count linearly from 1 on; of an evaluation, what the score lacks of 0."""
+        """Of the values' errors, which count linearly from `delta` on; of an evaluation, minus its score."""
         score = batch["scores"].mean()
         if not model.training:
             return -score, {"score": score}
         value_B, target_B = model(batch)
-        losses_B = functional.smooth_l1_loss(value_B, target_B, reduction="none")
+        losses_B = functional.huber_loss(value_B, target_B, reduction="none", delta=cast(float, self.settings.delta))
         return (losses_B * batch["weights"]).mean(), {"value": value_B.mean(), "score": score}
 
     def optimizer(self, model: nn.Module, steps: int) -> Optimizer:
