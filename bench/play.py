@@ -1,7 +1,8 @@
 """python -m bench.play: frames per second of a whole run of `play` on Atari's games, against a plain DQN loop.
 
 Both play, store and learn with the same network, batch, rate and number of transitions per step of learning, in turn
-on the same machine; the peer is `bench/peers/dqn_loop.py`, run by the interpreter that --peer names. Warm-ups do not count.
+on the same machine; the peer is `bench/peers/dqn_loop.py`, run by the interpreter that --peer names. Warm-ups do not
+count.
 Prints one JSON line per game; the medians are kept in bench/results/play.json.
 """
 
