@@ -80,7 +80,7 @@ def test_a_search_finds_what_the_model_says(kind: str) -> None:
         for found in hypotheses:
             target = torch.tensor([[*found.tokens, END]])
             said = model(source[row : row + 1], shifted(target, START)).log_softmax(-1)
-            total = float(said.gather(-1, target[..., None]).sum())
+            total = float(said.gather(-1, target[..., None]).sum().detach())
             assert found.log_prob == pytest.approx(total, abs=1e-4)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from millrace.data.pairs import PairBatches
 from millrace.errors import DataError, SettingError
-from millrace.graph.scopes import scope_of
+from millrace.place.grouping import group
 from millrace.replicas.settings import Async
 from millrace.runtime.checkpoint import Checkpoints
 from millrace.train.callbacks import Callback, RunView
@@ -95,11 +95,12 @@ def test_parts_share_no_sentence(phrases: Path) -> None:
     assert not sources[0] & sources[1] | sources[0] & sources[2] | sources[1] & sources[2]
 
 
-def test_every_layer_is_a_module_of_its_own_in_the_graph(phrases: Path) -> None:
-    graph = step_graph(configure("translate", [*TINY, f"data={phrases}"]))
-    scopes = {scope_of(node).removesuffix(".lstm") for node in graph.nodes}
-    assert {"encoder.forwards", "encoder.backwards", "encoder.layers.0", "decoder.layers.0"} <= scopes
-    assert {"decoder.layers.1", "encoder.embedding", "decoder.embedding", "decoder.readout"} <= scopes
+def test_a_placement_takes_every_layer_as_one(phrases: Path) -> None:
+    graph = step_graph(configure("translate", [*TINY, f"data={phrases}", "dropout=0.1"]))
+    groups = set(group(graph, lambda node: 1.0).groups)
+    layers = {"encoder.forwards", "encoder.backwards", "encoder.layers.0", "decoder.layers.0", "decoder.layers.1"}
+    assert layers | {"encoder.embedding", "decoder.embedding", "decoder.readout"} <= groups
+    assert not [name for name in groups if name.startswith(tuple(f"{layer}." for layer in layers))]
 
 
 WAYS = {

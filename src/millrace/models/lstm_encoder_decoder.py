@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from millrace.errors import SettingError
 from millrace.models.attention import Attention
@@ -101,20 +102,20 @@ class Decoder(nn.Module):
         return Decoded(self.readout(self.dropout(self.norm(x_BTD))), weights_BTS, {"h": h_BLD, "c": c_BLD})
 
 
-class Layer(nn.Module):
-    """An LSTM layer with dropout on its input."""
+class Layer(nn.LSTM):
+    """An LSTM layer with dropout on its input: one module, so that a placement takes it as one."""
 
     def __init__(self, inputs: int, width: int, dropout: float) -> None:
-        super().__init__()
-        self.dropout = nn.Dropout(dropout)
-        self.lstm = nn.LSTM(inputs, width, batch_first=True)
+        super().__init__(inputs, width, batch_first=True)
+        self.input_dropout = dropout
 
-    def forward(
+    def forward(  # type: ignore[override]  # of one layer, without the axis of layers
         self, x_BTI: Tensor, state: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Outputs [B, T, D], and the last h and c, [B, D] each; None begins with zeros."""
         began = None if state is None else (state[0][None].contiguous(), state[1][None].contiguous())
-        y_BTD, (h_1BD, c_1BD) = self.lstm(self.dropout(x_BTI), began)
+        x_BTI = functional.dropout(x_BTI, self.input_dropout, self.training)
+        y_BTD, (h_1BD, c_1BD) = super().forward(x_BTI, began)
         return y_BTD, (h_1BD[0], c_1BD[0])
 
 
