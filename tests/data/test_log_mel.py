@@ -48,7 +48,9 @@ def test_a_batch_is_its_recordings_one_by_one_and_short_ones_have_no_frame() -> 
 def test_a_higher_tone_is_in_a_higher_band_and_silence_is_the_floor() -> None:
     module = LogMel(16000, bands=30, floor=1e-6)
     time_s = torch.arange(16000) / 16000
-    loudest = [int(module(torch.sin(2 * torch.pi * hz * time_s)).mean(0).argmax()) for hz in (100, 400, 1000, 3000, 7000)]
+    loudest = [
+        int(module(torch.sin(2 * torch.pi * hz * time_s)).mean(0).argmax()) for hz in (100, 400, 1000, 3000, 7000)
+    ]
     assert loudest == sorted(set(loudest))
     assert torch.allclose(module(torch.zeros(1600)), torch.tensor(1e-6).log())
 

@@ -91,7 +91,7 @@ def test_edit_distance_is_a_distance(a: str, b: str, c: str) -> None:
 
 
 def test_edit_distance_of_words() -> None:
-    assert edit_distance("call four now".split(), "call for me now".split()) == 2
+    assert edit_distance(["call", "four", "now"], ["call", "for", "me", "now"]) == 2
 
 
 def test_torchs_loss_in_a_traced_step_gives_its_values_and_gradients() -> None:

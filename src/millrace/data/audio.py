@@ -61,7 +61,8 @@ def write_wav(recording: Tensor, file: str | Path, rate_hz: int) -> None:
 def resampled(recording: Tensor, from_hz: float, to_hz: float) -> Tensor:
     """A recording [n] at another sample rate: its spectrum, cut off or continued by zeros, [round(n · to / from)].
 
-    Called with rates that are not the true ones, it changes speed and pitch together, as a tape does.
+    Times are right to half a sample. Called with rates that are not the true ones, it changes speed and pitch together,
+    as a tape does.
     """
     count = len(recording)
     wanted = max(1, round(count * to_hz / from_hz))

@@ -8,6 +8,7 @@ import json
 import struct
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -55,17 +56,24 @@ def spoken(utterances: Sequence[Utterance], espeak: Espeak, rate_hz: int) -> lis
     cache directory, speech/; a cache that cannot be written does no harm.
 
     Raises:
-        DataError: espeak-ng cannot be used, or refuses a voice.
+        DataError: espeak-ng cannot be used or refuses a voice, or there are no words to say.
     """
     kept = user_cache() / "speech" / f"{_key(utterances, espeak, rate_hz)}.npz"
+    _refuse_silence(utterances)
     try:
         with np.load(kept, allow_pickle=False) as content:
             samples, ends = content["samples"], content["ends"]
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         heard = [_at_rate(samples, own_hz, rate_hz) for samples, own_hz in _said(utterances, espeak)]
         samples, ends = np.concatenate(heard), np.cumsum([len(one) for one in heard])
         _keep(kept, samples, ends)
     return [torch.from_numpy(one) for one in np.split(samples, ends[:-1])]
+
+
+def _refuse_silence(utterances: Sequence[Utterance]) -> None:
+    for utterance in utterances:
+        if not any(c.isalnum() for c in utterance.text):
+            raise DataError(f"There are no words to say in {utterance.text!r}. Give espeak-ng some.")
 
 
 def _key(utterances: Sequence[Utterance], espeak: Espeak, rate_hz: int) -> str:
@@ -112,10 +120,8 @@ def _said(utterances: Sequence[Utterance], espeak: Espeak) -> Iterator[tuple[np.
         )
     (rate_hz,) = struct.unpack_from("=i", done.stdout)
     place = 4
-    for utterance in utterances:
+    for _ in utterances:
         (count,) = struct.unpack_from("=i", done.stdout, place)
-        if not count:
-            raise DataError(f"espeak-ng says nothing for {utterance.text!r}. Give it words.")
         yield np.frombuffer(done.stdout, np.int16, count, place + 4), rate_hz
         place += 4 + 2 * count
 

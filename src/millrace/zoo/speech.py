@@ -67,6 +67,7 @@ class Speech(Task[SpeechSettings]):
     settings_type = SpeechSettings
     metric = "word_error"  # wrong words over words, all conditions together
     better = "min"
+    monitor = "loss"
 
     def data(self, facts: Facts | None = None) -> TaskData:
         """Texts and speakers of the three parts differ; the last two are heard under each condition."""
