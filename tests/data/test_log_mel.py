@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from millrace.data.log_mel import LogMel, mel_filters
+from millrace.data.log_mel import LogMel, SpeechFeatures, mel_filters
 from millrace.errors import DataError
 
 
@@ -63,3 +63,13 @@ def test_white_noise_is_equally_loud_in_all_bands() -> None:
 def test_bands_that_no_frequency_lies_in_are_refused() -> None:
     with pytest.raises(DataError, match="no frequency lies in band"):
         mel_filters(8000, 64, 60, 60, 4000)
+
+
+def test_loudness_and_tone_do_not_count_in_speech() -> None:
+    features = SpeechFeatures(8000, 40)
+    sound = torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(features(sound), features(100 * sound), atol=1e-4)
+    assert float(features(sound).mean(0).abs().max()) < 1e-4
+    assert features(sound[:200]).isfinite().all()
+    with pytest.raises(DataError, match="150 samples is too short"):
+        features(sound[:150])

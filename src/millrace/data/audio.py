@@ -164,7 +164,7 @@ def _decoded(source: str | IO[bytes], called: str, rate_hz: int) -> Tensor:
 def _samples(raw: bytes, width: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     """From -1 to 1; of one byte WAV has unsigned numbers, of more signed ones, the lowest byte first."""
     if width == 1:
-        return (np.frombuffer(raw, np.uint8).astype(np.float32) - 128) / 128
+        return (np.frombuffer(raw, np.uint8).astype(np.float32) - np.float32(128)) / np.float32(128)
     padded = np.zeros((len(raw) // width, 4), np.uint8)
     padded[:, 4 - width :] = np.frombuffer(raw, np.uint8).reshape(-1, width)
     return padded.view("<i4")[:, 0].astype(np.float32) / np.float32(2**31)

@@ -12,8 +12,10 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from millrace.data.audio import resampled
 from millrace.errors import DataError
 from millrace.files import make_directory, replace_bytes, user_cache
 
+Samples: TypeAlias = npt.NDArray[np.int16]
 _CHILD = Path(__file__).with_name("espeak_child.py")
 _FORMAT = 1  # of the files in the cache
 _MOST_SECONDS = 600
@@ -83,7 +86,7 @@ def _key(utterances: Sequence[Utterance], espeak: Espeak, rate_hz: int) -> str:
     return digest.hexdigest()
 
 
-def _keep(file: Path, samples: np.ndarray, ends: np.ndarray) -> None:  # type: ignore[type-arg]
+def _keep(file: Path, samples: Samples, ends: npt.NDArray[Any]) -> None:
     content = io.BytesIO()
     np.savez(content, samples=samples, ends=ends)
     try:
@@ -93,7 +96,7 @@ def _keep(file: Path, samples: np.ndarray, ends: np.ndarray) -> None:  # type: i
         return  # it will be said again next time
 
 
-def _said(utterances: Sequence[Utterance], espeak: Espeak) -> Iterator[tuple[np.ndarray, int]]:  # type: ignore[type-arg]
+def _said(utterances: Sequence[Utterance], espeak: Espeak) -> Iterator[tuple[Samples, int]]:
     """Samples and sample rate of each, from a process of espeak-ng's own (see `espeak_child`)."""
     asked = {
         "library": str(espeak.library),
@@ -126,6 +129,6 @@ def _said(utterances: Sequence[Utterance], espeak: Espeak) -> Iterator[tuple[np.
         place += 4 + 2 * count
 
 
-def _at_rate(samples: np.ndarray, own_hz: int, rate_hz: int) -> np.ndarray:  # type: ignore[type-arg]
+def _at_rate(samples: Samples, own_hz: int, rate_hz: int) -> Samples:
     recording = resampled(torch.from_numpy(samples.astype(np.float32)), own_hz, rate_hz)
     return recording.round().clamp(-32768, 32767).to(torch.int16).numpy()

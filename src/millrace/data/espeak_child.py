@@ -1,9 +1,10 @@
 """A program by itself: speaks what standard input asks for with espeak-ng, and writes the samples to standard output.
 
-espeak-ng keeps global state, is not safe in threads, and draws from the C library's random numbers, which it seeds by the
-clock: a fresh process that seeds them anew and says the same things in the same order gives the same samples. It imports nothing but the standard library, so that it starts
-at once. In: JSON {"library", "data", "utterances": [[text, voice, words per minute, pitch], …]}. Out: the sample rate
-(int32), then of each utterance the number of samples (int32) and the samples (int16), all in the machine's byte order.
+espeak-ng keeps global state, is not safe in threads, and draws from the C library's random numbers, which it seeds by
+the clock: a fresh process that seeds them anew and says the same things in the same order gives the same samples.
+Nothing but the standard library is imported, so that it starts at once. In: JSON {"library", "data", "utterances":
+[[text, voice, words per minute, pitch], …]}. Out: the sample rate (int32), then of each utterance the number of
+samples (int32) and the samples (int16), all in the machine's byte order.
 """
 
 from __future__ import annotations

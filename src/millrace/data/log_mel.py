@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from millrace.data.noise import loudness
 from millrace.errors import DataError
 
 
@@ -80,3 +81,22 @@ def mel_filters(rate_hz: int, size: int, bands: int, low_hz: float, high_hz: flo
             f"{rate_hz} Hz: no frequency lies in band {empty[0]}. Ask for fewer bands, or for longer windows."
         )
     return filters.float()
+
+
+class SpeechFeatures:
+    """Recordings [n] to log-mel features [frames, bands], of mean 0 and deviation 1 in each band.
+
+    So neither loudness nor the tone of a microphone counts. What is 40 dB below the speech counts as silence, which
+    looks alike in all clean recordings then.
+    """
+
+    def __init__(self, rate_hz: int, bands: int) -> None:
+        self.log_mel = LogMel(rate_hz, bands, floor=1e-4)
+
+    def __call__(self, recording: Tensor) -> Tensor:
+        """Raises DataError where the recording is shorter than one window."""
+        if len(recording) < self.log_mel.samples:
+            raise DataError(f"A recording of {len(recording)} samples is too short. Give half a second at least.")
+        loud = recording.float()
+        features: Tensor = self.log_mel(loud / loudness(loud))
+        return (features - features.mean(0)) / (features.std(0, correction=0) + 0.1)

@@ -83,18 +83,16 @@ def beam_search(
     Source: Hannun et al., "First-pass large vocabulary continuous speech recognition using bi-directional recurrent
     DNNs", 2014, algorithm 1, without a language model.
     """
-    kept = {(): _Prefix(words.root if words else None, blank=0.0)}
+    kept: dict[tuple[int, ...], _Prefix] = {(): _Prefix(words.root if words else None, blank=0.0)}
     for frame in log_probabilities.tolist():
         likely = [symbol for symbol in range(1, len(frame)) if frame[symbol] > math.log(least)]
         grown: dict[tuple[int, ...], _Prefix] = {}
         for said, prefix in kept.items():
             _extend(said, prefix, frame, likely, grown)
-        best = sorted(grown, key=lambda said: -grown[said].total)[:width]
-        kept = {said: grown[said] for said in best}
-    whole = [said for said, prefix in kept.items() if prefix.branch is None or prefix.branch.ends_word or not said]
-    if not whole:
-        return greedy(log_probabilities)
-    return list(max(whole, key=lambda said: kept[said].total))
+        kept = dict(sorted(grown.items(), key=lambda one: -one[1].total)[:width])
+    whole = {s: p.total for s, p in kept.items() if p.branch is None or p.branch.ends_word or not s}
+    best = max(whole, key=whole.__getitem__, default=None)
+    return greedy(log_probabilities) if best is None else list(best)
 
 
 def _extend(

@@ -7,28 +7,28 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from millrace.data.audio import SpokenSentences, read_wav, sentence_folder, sentence_table
-from millrace.data.batches import Batches
+from millrace.data.batches import Batches, Json
 from millrace.data.commands import spoken_commands
 from millrace.data.espeak import Espeak
 from millrace.data.factory import Factory, Recipe
-from millrace.data.log_mel import LogMel
-from millrace.data.noise import loudness
+from millrace.data.log_mel import SpeechFeatures
 from millrace.data.prefetch import prefetched
 from millrace.data.speech import AtDecibels, speech_batches
 from millrace.data.split import holdout
 from millrace.data.text import CharVocabulary
 from millrace.errors import DataError
-from millrace.models.ctc import BLANK, WordTree, beam_search, edit_distance, greedy
+from millrace.models.ctc import edit_distance
+from millrace.models.recognizer import Recognizer
 from millrace.optim.constructors import adamw
 from millrace.optim.optimizer import Optimizer
 from millrace.optim.schedule import Cosine, Warmup
@@ -38,6 +38,7 @@ from millrace.zoo.settings import Settings, setting
 
 RATE_HZ, BANDS, STRIDE = 8000, 40, 3  # of a telephone; mel bands; frames per step of the network
 CONDITIONS = {"clean": math.inf, "20db": 20.0, "10db": 10.0, "5db": 5.0, "0db": 0.0}  # speech over noise
+FEATURES = SpeechFeatures(RATE_HZ, BANDS)
 _SPLIT_SEED = 0  # who and what is held out never changes, whatever the run's seed
 
 
@@ -45,10 +46,10 @@ _SPLIT_SEED = 0  # who and what is held out never changes, whatever the run's se
 class SpeechSettings(Settings):
     """Defaults that learn for about five minutes."""
 
-    steps: int | None = setting(1500, "stop after so many steps", low=1, on_resume=True)
-    batch_size: int = setting(32, "utterances per step", low=1)
-    evaluate_every: int | None = setting(250, "steps between evaluations", low=1, on_resume=True)
-    checkpoint_every: int | None = setting(250, "steps between checkpoints", low=1, on_resume=True)
+    steps: int | None = setting(1400, "stop after so many steps", low=1, on_resume=True)
+    batch_size: int = setting(16, "utterances per step", low=1)
+    evaluate_every: int | None = setting(350, "steps between evaluations", low=1, on_resume=True)
+    checkpoint_every: int | None = setting(350, "steps between checkpoints", low=1, on_resume=True)
     threads: int | None = setting(1, "of the CPU to train with; the factory works on another", low=1, on_resume=True)
     data: str = setting("", "a folder of NAME.wav and NAME.txt, or the name of a Hugging Face data set")
     utterances: int = setting(1800, "clean utterances that espeak-ng makes to learn from", low=32)
@@ -58,7 +59,7 @@ class SpeechSettings(Settings):
     width: int = setting(96, "of the convolutions, and of the LSTM in each direction", low=8)
     layers: int = setting(2, "of the LSTM", low=1)
     dropout: float = setting(0.1, "share of the features left out between layers", low=0, high=0.9)
-    learning_rate: float = setting(3e-3, "at the top of the schedule", low=0)
+    learning_rate: float = setting(2.5e-3, "at the top of the schedule", low=0)
 
 
 class Speech(Task[SpeechSettings]):
@@ -75,9 +76,9 @@ class Speech(Task[SpeechSettings]):
         train, validation, test = _own(s.data) if s.data else self._made()
         vocabulary = CharVocabulary.of("".join([*train.texts, *validation.texts, *test.texts]))
         self._check_lengths([*train.recordings, *validation.recordings, *test.recordings])
-        facts = facts or {"letters": vocabulary.to_json(), "words": sorted(set(" ".join(train.texts).split()))}
+        words: list[Json] = [*sorted(set(" ".join(train.texts).split()))]
+        facts = facts or {"letters": vocabulary.to_json(), "words": words}
         learned = Factory(train.recordings, RATE_HZ, Recipe(copies=s.copies), s.seed) if s.factory else train.recordings
-        frames, features = self._frames(), Features()
 
         def letters(part: SpokenSentences) -> list[Tensor]:
             return [_vocabulary(facts).encode(text) + 1 for text in part.texts]
@@ -86,9 +87,13 @@ class Speech(Task[SpeechSettings]):
             recordings = AtDecibels(
                 part.recordings, RATE_HZ, [*CONDITIONS.values()], Recipe().noises, part.recordings, _SPLIT_SEED
             )
-            return speech_batches(recordings, letters(part), features, frames, batch_size=s.batch_size, shuffle=False)
+            return speech_batches(
+                recordings, letters(part), FEATURES, self._frames(), batch_size=s.batch_size, shuffle=False
+            )
 
-        batches = speech_batches(learned, letters(train), features, frames, batch_size=s.batch_size, seed=s.seed)
+        batches = speech_batches(
+            learned, letters(train), FEATURES, self._frames(), batch_size=s.batch_size, seed=s.seed
+        )
         return TaskData(prefetched(batches, 4), held_out(validation), held_out(test), facts)
 
     def _made(self) -> tuple[SpokenSentences, SpokenSentences, SpokenSentences]:
@@ -98,7 +103,7 @@ class Speech(Task[SpeechSettings]):
         return spoken_commands(espeak, RATE_HZ, (self.settings.utterances, 60, 200), longest_s, _SPLIT_SEED)
 
     def _frames(self) -> int:
-        return -(-Features().log_mel.frames(round(self.settings.max_s * RATE_HZ)) // STRIDE) * STRIDE
+        return FEATURES.log_mel.frames(round(self.settings.max_s * RATE_HZ))
 
     def _check_lengths(self, recordings: list[Tensor]) -> None:
         longest = max(len(recording) for recording in recordings) / RATE_HZ
@@ -112,13 +117,14 @@ class Speech(Task[SpeechSettings]):
     def model(self, facts: Facts) -> nn.Module:
         """As wide and deep as the settings say."""
         s = self.settings
-        return Recognizer(_vocabulary(facts).characters, s.width, s.layers, s.dropout)
+        return Recognizer(
+            _vocabulary(facts).characters, cast(list[str], facts["words"]), BANDS, STRIDE, s.width, s.layers, s.dropout
+        )
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """CTC, per letter; an utterance with more letters than steps counts 0."""
-        log_probabilities_BTV = model(batch["features"])
+        path_TBV = model(batch["features"]).transpose(0, 1)
         steps = (batch["frames"] + STRIDE - 1) // STRIDE
-        path_TBV = log_probabilities_BTV.transpose(0, 1)
         return functional.ctc_loss(path_TBV, batch["letters"], steps, batch["lengths"], zero_infinity=True), {}
 
     def optimizer(self, model: nn.Module, steps: int) -> Optimizer:
@@ -128,135 +134,55 @@ class Speech(Task[SpeechSettings]):
         return adamw(rate, weight_decay=0.01, clip_norm=1.0)
 
     def evaluate(self, model: nn.Module, batches: Batches) -> dict[str, float]:
-        """Loss and word errors of the likeliest letters, over all and under each condition."""
-        return self._measured(cast(Recognizer, model), batches, None)
-
-    def _measured(self, model: Recognizer, batches: Batches, words: WordTree | None) -> dict[str, float]:
-        losses: list[float] = []
-        errors: Counter[int] = Counter()
-        spoken: Counter[int] = Counter()
-        for batch in batches.one_pass():
-            path_BTV = log_probabilities(model, batch["features"])
-            losses += [float(self.loss(lambda _: path_BTV, batch)[0])] * len(path_BTV)  # noqa: B023  (called here)
-            versions = batch["version"].tolist()
-            rows = zip(path_BTV, _steps(batch), _texts(model, batch), versions, strict=True)
-            for path_TV, steps, said, version in rows:
-                heard = model.text(decoded(path_TV[:steps], words))
-                errors[version] += edit_distance(heard.split(), said.split())
-                spoken[version] += len(said.split())
-        each = {f"word_error_{name}": errors[n] / spoken[n] for n, name in enumerate(CONDITIONS) if spoken[n]}
-        return {"loss": sum(losses) / len(losses), "word_error": errors.total() / spoken.total(), **each}
+        """Loss, and word errors of what is heard in known words: over all conditions, and under each."""
+        recognizer = cast(Recognizer, model)
+        return super().evaluate(model, batches) | word_errors(recognizer, recognizer.words_of, batches)
 
     def report(self, model: nn.Module, data: TaskData) -> str:
-        """Word errors under each condition, also with the list of words, and what was heard in some noise."""
+        """Word errors under each condition, also without a list of words, and what was heard in some noise."""
         recognizer = cast(Recognizer, model)
-        words = _word_tree(recognizer, data.facts)
-        ways = {"letter by letter": None, "of known words": words}
-        rows = {name: self._measured(recognizer, data.test, tree) for name, tree in ways.items()}
         lines = ["word error".ljust(18) + "".join(name.rjust(8) for name in CONDITIONS)]
-        for name, row in rows.items():
-            lines.append(name.ljust(18) + "".join(f"{row[f'word_error_{c}']:8.1%}" for c in CONDITIONS))
+        for name, read in {"known words": recognizer.words_of, "letter by letter": recognizer.letters_of}.items():
+            errors = word_errors(recognizer, read, data.test)
+            lines.append(name.ljust(18) + "".join(f"{errors[f'word_error_{c}']:8.1%}" for c in CONDITIONS))
         batch = next(data.test.one_pass())
-        path_BTV = log_probabilities(recognizer, batch["features"])
-        for row, said in enumerate(_texts(recognizer, batch)[: 2 * len(CONDITIONS)]):
-            heard = recognizer.text(decoded(path_BTV[row, : _steps(batch)[row]], words))
-            lines.append(f"{[*CONDITIONS][row % len(CONDITIONS)]:>6}: {said} → {heard}")
+        paths = recognizer.heard(batch["features"], batch["frames"])
+        for number, path_TV in enumerate(paths[: 2 * len(CONDITIONS)]):
+            said, heard = recognizer.text(batch["letters"][number].tolist()), recognizer.words_of(path_TV)
+            lines.append(f"{[*CONDITIONS][batch['version'][number]]:>6}: {said} → {heard}")
         return "\n".join(lines)
 
     def pictures(self, model: nn.Module, data: TaskData) -> Pictures:
         """The first test utterance under each condition, one above the other, each over what the network says."""
-        batch = next(data.test.one_pass())
-        path_BTV = log_probabilities(cast(Recognizer, model), batch["features"])
-        count = min(len(CONDITIONS), len(path_BTV))
-        rows = [_picture(batch["features"][n, : batch["frames"][n]], path_BTV[n]) for n in range(count)]
-        return {"heard": torch.cat(rows, dim=1)}
+        batch, recognizer = next(data.test.one_pass()), cast(Recognizer, model)
+        paths = recognizer.heard(batch["features"], batch["frames"])[: len(CONDITIONS)]
+        rows = [recognizer.picture(batch["features"][n, : batch["frames"][n]], path) for n, path in enumerate(paths)]
+        return {"heard": torch.cat([functional.pad(row, (0, self._frames() - row.shape[2])) for row in rows], dim=1)}
 
     def predict(self, model: nn.Module, file: Path, facts: Facts) -> Prediction:
         """What is said in a WAV file."""
-        features_FM = Features()(read_wav(file, RATE_HZ))
-        room = max(self._frames(), -(-len(features_FM) // STRIDE) * STRIDE)
-        padded = functional.pad(features_FM, (0, 0, 0, room - len(features_FM)))
-        recognizer = cast(Recognizer, model)
-        path_TV = log_probabilities(recognizer, padded[None])[0, : -(-len(features_FM) // STRIDE)]
-        letters = recognizer.text(greedy(path_TV))
-        words = recognizer.text(decoded(path_TV, _word_tree(recognizer, facts)))
-        picture = {"heard": _picture(features_FM, path_TV)}
+        features_FM = FEATURES(read_wav(file, RATE_HZ))
+        frames, recognizer = len(features_FM), cast(Recognizer, model)
+        # As much padding as in training, where the model has learned to disregard it.
+        padded = functional.pad(features_FM, (0, 0, 0, max(0, self._frames() - frames)))
+        (path_TV,) = recognizer.heard(padded[None], torch.tensor([frames]))
+        letters, words = recognizer.letters_of(path_TV), recognizer.words_of(path_TV)
+        picture = {"heard": recognizer.picture(features_FM, path_TV)}
         return Prediction(f"{words} (letter by letter: {letters})", {"text": words, "letters": letters}, picture)
 
 
-class Features:
-    """Recordings [n] to log-mel features [F, M], of mean 0 and deviation 1 in each band: loudness does not count."""
-
-    def __init__(self) -> None:
-        # What is 40 dB below the speech counts as silence, so that it looks alike in all clean recordings.
-        self.log_mel = LogMel(RATE_HZ, BANDS, floor=1e-4)
-
-    def __call__(self, recording: Tensor) -> Tensor:
-        if len(recording) < self.log_mel.samples:
-            raise DataError(f"A recording of {len(recording)} samples is too short. Give half a second at least.")
-        loud = recording.float()
-        features_FM = self.log_mel(loud / loudness(loud))
-        return (features_FM - features_FM.mean(0)) / (features_FM.std(0) + 0.1)
-
-
-class Recognizer(nn.Module):
-    """Two convolutions, of which one takes three frames to a step, an LSTM in both directions, one linear layer.
-
-    Source: Graves, Mohamed and Hinton, "Speech recognition with deep recurrent neural networks", ICASSP 2013.
-    """
-
-    def __init__(self, letters: str, width: int, layers: int, dropout: float) -> None:
-        super().__init__()
-        self.letters = letters
-        self.hear = nn.Conv1d(BANDS, width, kernel_size=5, padding=2)
-        self.shorten = nn.Conv1d(width, width, kernel_size=7, stride=STRIDE, padding=2)
-        self.norm = nn.LayerNorm(width)
-        self.lstm = nn.LSTM(width, width, layers, batch_first=True, bidirectional=True)
-        self.dropout = nn.Dropout(dropout)
-        self.readout = nn.Linear(2 * width, len(letters) + 1)
-
-    def forward(self, features_BFM: Tensor) -> Tensor:
-        """Log-probabilities [B, T, V]; F is a multiple of the stride."""
-        x_BDT = functional.gelu(self.shorten(functional.gelu(self.hear(features_BFM.transpose(1, 2)))))
-        x_BTD, _ = self.lstm(self.dropout(self.norm(x_BDT.transpose(1, 2))))
-        return cast(Tensor, self.readout(self.dropout(x_BTD)).log_softmax(-1))
-
-    def text(self, symbols: Iterable[int]) -> str:
-        """The letters of symbols, without what is no letter (blanks, and padding)."""
-        return "".join(self.letters[symbol - 1] for symbol in symbols if symbol != BLANK)
-
-
-@torch.no_grad()
-def log_probabilities(model: Recognizer, features_BFM: Tensor) -> Tensor:
-    """What the model says, on the CPU."""
-    return cast(Tensor, model(features_BFM.to(next(model.parameters()).device))).float().cpu()
-
-
-def decoded(path_TV: Tensor, words: WordTree | None) -> list[int]:
-    """The likeliest path's letters; or the likeliest of the words, where these are given."""
-    return greedy(path_TV) if words is None else beam_search(path_TV, 16, words)
-
-
-def _steps(batch: Any) -> list[int]:
-    return [-(-frames // STRIDE) for frames in batch["frames"].tolist()]
-
-
-def _texts(model: Recognizer, batch: Any) -> list[str]:
-    return [model.text(letters) for letters in batch["letters"].tolist()]
-
-
-def _word_tree(model: Recognizer, facts: Facts) -> WordTree:
-    words = cast(list[str], facts["words"])
-    return WordTree(
-        [[model.letters.index(letter) + 1 for letter in word] for word in words], model.letters.index(" ") + 1
-    )
-
-
-def _picture(features_FM: Tensor, path_TV: Tensor) -> Tensor:
-    """The spectrogram, low tones below, over the probabilities of the letters (the blank on top), [1, rows, F]."""
-    loud = ((features_FM.T.flip(0) + 2) / 4).clamp(0, 1)
-    said = path_TV.exp().repeat_interleave(STRIDE, 0)[: len(features_FM)].T
-    return functional.pad(torch.cat([loud, said]), (0, 3, 0, 3), value=1.0)[None]
+def word_errors(model: Recognizer, read: Callable[[Tensor], str], batches: Batches) -> dict[str, float]:
+    """Wrong words over words: "word_error" over all, and "word_error_clean", … under each condition."""
+    errors: Counter[str] = Counter()
+    spoken: Counter[str] = Counter()
+    for batch in batches.one_pass():
+        paths = model.heard(batch["features"], batch["frames"])
+        for path_TV, letters, version in zip(paths, batch["letters"].tolist(), batch["version"].tolist(), strict=True):
+            said, condition = model.text(letters).split(), [*CONDITIONS][version]
+            errors[condition] += edit_distance(read(path_TV).split(), said)
+            spoken[condition] += len(said)
+    each = {f"word_error_{name}": errors[name] / spoken[name] for name in CONDITIONS}
+    return {"word_error": errors.total() / spoken.total(), **each}
 
 
 def _vocabulary(facts: Facts) -> CharVocabulary:
@@ -273,9 +199,7 @@ def _own(name: str) -> tuple[SpokenSentences, SpokenSentences, SpokenSentences]:
         sentences = sentence_table(table, RATE_HZ, name)
     texts = sorted(set(sentences.texts))
     if len(texts) < 10:
-        raise DataError(
-            f"{name} holds {len(texts)} different sentences, but 10 are the least to learn from and to test."
-        )
+        raise DataError(f"{name} holds {len(texts)} different sentences, but at least 10 are needed. Add some.")
     rest, test = holdout(len(texts), 0.1, _SPLIT_SEED)
     inner = holdout(len(rest), 0.1, _SPLIT_SEED)
     parts = ({texts[n] for n in part.tolist()} for part in (rest[inner.train], rest[inner.held_out], test))
