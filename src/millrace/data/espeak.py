@@ -25,7 +25,7 @@ from millrace.files import make_directory, replace_bytes, user_cache
 
 Samples: TypeAlias = npt.NDArray[np.int16]
 _CHILD = Path(__file__).with_name("espeak_child.py")
-_FORMAT = 1  # of the files in the cache
+_FORMAT = 2  # of the files in the cache
 _MOST_SECONDS = 600
 
 

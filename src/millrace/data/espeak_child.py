@@ -1,7 +1,7 @@
 """A program by itself: speaks what standard input asks for with espeak-ng, and writes the samples to standard output.
 
-espeak-ng keeps global state, is not safe in threads, and draws from the C library's random numbers, which it seeds by
-the clock: a fresh process that seeds them anew and says the same things in the same order gives the same samples.
+espeak-ng keeps global state, is not safe in threads, and draws random numbers, which it seeds by the clock: a fresh
+process that seeds them anew and says the same things in the same order gives the same samples.
 Nothing but the standard library is imported, so that it starts at once. In: JSON {"library", "data", "utterances":
 [[text, voice, words per minute, pitch], …]}. Out: the sample rate (int32), then of each utterance the number of
 samples (int32) and the samples (int16), all in the machine's byte order.
@@ -33,7 +33,7 @@ def main() -> int:
             heard.extend(ctypes.string_at(samples, 2 * count))
         return 0
 
-    ctypes.CDLL(None).srand(1)  # of the process, so also the library's
+    espeak.espeak_ng_SetRandSeed(ctypes.c_long(1))
     callback = _CALLBACK(take)  # kept in a name: the library holds only its address
     espeak.espeak_SetSynthCallback(callback)
     out = sys.stdout.buffer
