@@ -86,6 +86,7 @@ class Lm(Task[LmSettings]):
     settings_type = LmSettings
     metric = "bits_per_byte"
     better = "min"
+    bar = 2.0
 
     def data(self, facts: Facts | None = None) -> TaskData:
         """Streams of blocks of the text; a paragraph is in one part only, and in the text once."""
