@@ -48,8 +48,9 @@ def test_it_learns_to_reverse_and_substitute(reversing: Finished) -> None:
     assert reversing.test["bleu"] >= 95
     assert reversing.test["bleu_of_copy"] < 20
     assert reversing.test["token_accuracy"] >= 0.95
-    assert "BLEU of this model" in reversing.report
-    assert "the nearest training source's" in reversing.report
+    assert "BLEU of copying the source: " in reversing.report
+    assert "BLEU of the nearest training source's translation: " in reversing.report
+    assert reversing.report.count("→") >= 5
 
 
 def test_a_text_is_translated_line_by_line(reversing: Finished, tmp_path: Path) -> None:
@@ -62,6 +63,11 @@ def test_a_text_is_translated_line_by_line(reversing: Finished, tmp_path: Path) 
     assert said.text == f"{one}\n{other}"
     assert one.split() == other.split()[::-1]  # type: ignore[union-attr]
     assert said.pictures["attention"].shape[0] == 1
+    file.write_text("a b c d e\n")
+    assert (
+        "a line has 5 subwords; the model learned from at most 4"
+        in opened.task.predict(opened.model, file, opened.facts).text
+    )
     kept = sorted(file.name for file in (reversing.result.run_dir / "pictures").glob("*.png"))
     assert kept == [f"attention_{number}.png" for number in range(5)]
 

@@ -34,9 +34,7 @@ def find_catalogues(language: str) -> list[Path]:
     shares = {f"{sys.base_prefix}/share", f"{sys.prefix}/share", "/usr/share", "/usr/local/share"}
     found: list[Path] = []
     for root in sorted(packages):
-        for package in sorted(Path(root).glob("*/")):
-            if any(package.glob("**/locale")):
-                found += sorted(package.glob(f"**/locale/{language}/LC_MESSAGES/*.mo"))
+        found += sorted(Path(root).glob(f"**/locale/{language}/LC_MESSAGES/*.mo"))
     for root in sorted(shares):
         found += sorted(Path(root).glob(f"locale/{language}/LC_MESSAGES/*.mo"))
     once = {file.resolve(): file for file in found if not _NAMES.match(file.name)}

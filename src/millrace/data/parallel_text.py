@@ -68,12 +68,7 @@ def _of_catalogues(files: Sequence[Path], *, damaged_too: bool) -> Iterator[Pair
 
 
 def _of_lines(file: Path) -> Iterator[Pair]:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError(f"The sentence pairs {file} cannot be read: {reason}. Give {_PAIRS_AS}.") from error
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_text(file).splitlines(), start=1):
         parts = line.split("\t")
         if len(parts) != 2:
             raise DataError(
@@ -114,6 +109,28 @@ def _one_line(pairs: Iterable[Pair]) -> list[Pair]:
         if marked and translation:
             found.setdefault(marked[0], translation)
     return list(found.items())
+
+
+def read_sentences(file: Path) -> list[str]:
+    """The lines of a text that are not empty, white space made plain.
+
+    Raises:
+        DataError: the file is missing, no text, or empty.
+    """
+    lines = [" ".join(line.split()) for line in _text(file).splitlines()]
+    if not any(lines):
+        raise DataError(f"The text file {file} is empty: give a sentence a line.")
+    return [line for line in lines if line]
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise DataError(
+            f"The text file {file} cannot be read: {reason}. Give plain text, a sentence a line."
+        ) from error
 
 
 def split_by_message(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from millrace.data.batches import Batches
 from millrace.data.catalogues import Pair
 from millrace.data.pairs import PairBatches, TokenPair, buckets_for
-from millrace.data.parallel_text import read_pairs, reversals, split_by_message
+from millrace.data.parallel_text import read_pairs, read_sentences, reversals, split_by_message
 from millrace.data.placeholders import MARKS, masked, restored
 from millrace.data.subwords import END, START, Subwords
 from millrace.errors import DataError
@@ -151,15 +151,23 @@ class Translate(Task[TranslateSettings]):
         return [found[0] for found in search(cast(EncoderDecoder, model), source_BS, beam)]
 
     def report(self, model: nn.Module, data: TaskData) -> str:
-        """BLEU beside that of two baselines, and some translations."""
-        sources, references, said = self._translated(model, data.test)
-        learned = [tuple(map(self._subwords.decode, pair)) for pair in cast(PairBatches, data.train).pairs]
-        nearest = nearest_translations(sources, [a for a, _ in learned], [b for _, b in learned])
-        figures = {"this model": said, "copying the source": sources, "the nearest training source's": nearest}
-        lines = [f"BLEU of {name}: {bleu(texts, references):.1f}" for name, texts in figures.items()]
-        for number in range(0, len(said), max(1, len(said) // _SHOWN)):
-            lines += ["", f"  {sources[number]}", f"  → {said[number]}", f"  ({references[number]})"]
+        """BLEU of the two baselines, and some translations."""
+        train, test = cast(PairBatches, data.train), cast(PairBatches, data.test)
+        learned, asked = ([tuple(map(self._subwords.decode, pair)) for pair in part.pairs] for part in (train, test))
+        sources, references = zip(*asked, strict=True)
+        nearest = nearest_translations(list(sources), *map(list, zip(*learned, strict=True)))
+        lines = [
+            f"BLEU of copying the source: {bleu(list(sources), list(references)):.1f}",
+            f"BLEU of the nearest training source's translation: {bleu(nearest, list(references)):.1f}",
+        ]
+        for source, reference in asked[:: max(1, len(asked) // _SHOWN)]:
+            said = self._subwords.decode(self._best(model, self._source(source))[0].tokens)
+            lines += ["", f"  {source}", f"  → {said}", f"  ({reference})"]
         return _readable("\n".join(lines))
+
+    def _source(self, text: str) -> Tensor:
+        """One text as a batch."""
+        return torch.tensor([[*self._subwords.encode(text), END]])
 
     def pictures(self, model: nn.Module, data: TaskData) -> Pictures:
         """Where the model looked while it translated some of the test sentences."""
@@ -180,15 +188,20 @@ class Translate(Task[TranslateSettings]):
         self._subwords = _subwords(facts)
         said: list[str] = []
         pictures: dict[str, Tensor] = {}
-        for line in _lines(file):
+        longest = 0
+        for line in read_sentences(file):
             marked = masked(line)
             if marked is None:
                 raise DataError(f"This line of {file} has more than {len(MARKS)} placeholders: {line[:60]!r}. Cut it.")
-            source_1S = torch.tensor([[*self._subwords.encode(marked[0]), END]])
+            source_1S = self._source(marked[0])
+            longest = max(longest, source_1S.shape[1] - 1)
             best = self._best(model, source_1S)[0]
             said.append(restored(self._subwords.decode(best.tokens), marked[1]))
             pictures = pictures or {"attention": self._picture(source_1S[0], best)}
-        return Prediction("\n".join(said), {"translations": list(said)}, pictures)
+        text = "\n".join(said)
+        if longest > self.settings.longest:
+            text += f"\n(a line has {longest} subwords; the model learned from at most {self.settings.longest})"
+        return Prediction(text, {"translations": list(said)}, pictures)
 
 
 def bleu(said: list[str], references: list[str]) -> float:
@@ -206,19 +219,6 @@ def nearest_translations(sources: list[str], learned: list[str], translations: l
 
 def _subwords(facts: Facts) -> Subwords:
     return Subwords.from_json(cast(Facts, facts["subwords"]))
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        lines = [" ".join(line.split()) for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError(
-            f"The text file {file} cannot be read: {reason}. Give plain text, a sentence a line."
-        ) from error
-    if not any(lines):
-        raise DataError(f"The text file {file} is empty: give a sentence a line.")
-    return [line for line in lines if line]
 
 
 def _readable(text: str) -> str:
