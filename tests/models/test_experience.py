@@ -72,7 +72,7 @@ def test_a_position_is_a_number_of_steps_and_the_memory_is_filled_again() -> Non
         other.seek(position)
         batch = other.advance()
         assert other.handed_out == 14
-        assert batch["frames"].shape == (16, 2, 4)
+        assert batch["after"].shape == (16, 1, 4)
 
 
 def test_what_was_played_before_can_be_forgotten() -> None:
@@ -92,8 +92,7 @@ def test_an_actor_that_ends_is_replaced() -> None:
         for number, batch in enumerate(batches.until(batches=60)):
             if number in (10, 30):
                 os.kill(batches.actor_pids[number // 30], signal.SIGKILL)
-            assert torch.isfinite(batch["frames"]).all()
-            step = batch["frames"][:, 1] - batch["frames"][:, 0]
+            step = batch["after"] - batch["observations"]
             assert step.abs().max() < 2.0  # no transition leads from a game to another
         pids = batches.actor_pids
         assert len(alive(pids)) == 2
@@ -121,5 +120,5 @@ def test_who_closes_and_reads_on_has_others_play() -> None:
         batches.close()
         assert alive(pids) == []
         second = batches.advance()
-        assert first["frames"].shape == second["frames"].shape
+        assert first["after"].shape == second["after"].shape
         assert len(next(batches.one_pass())["actions"]) == 16

@@ -79,14 +79,14 @@ def test_a_player_keeps_every_frame_once_and_observations_come_back_as_they_were
 
     finished = player.play(0, 250, 0.0, act)
     games.close()
-    memory = ReplayMemory(rows, stack=4, ahead=0)
+    memory = ReplayMemory(rows, stack=4, written=0)
     memory.grow(250)
     found = memory.sample(300, np.random.default_rng(0))
     lanes, slots = np.divmod(found.places, 260)
-    for frames, lane, slot in zip(found.frames, lanes, slots, strict=True):
-        assert np.array_equal(frames[:4], observed[slot][lane])
+    for before, after, lane, slot in zip(found.observations, found.after, lanes, slots, strict=True):
+        assert np.array_equal(before, observed[slot][lane])
         if slot + 1 < len(observed):
-            assert np.array_equal(frames[1:], observed[slot + 1][lane])
+            assert np.array_equal(after, observed[slot + 1][lane])
     assert set(np.unique(rows.rewards[:, :250])) == {0.0, 1.0}
     assert len(finished) == int((rows.ages[:, 1:250] == 0).sum()) > 0
 

@@ -20,11 +20,14 @@ class Scribe:
         self._row = 0
         self._at = [(0, 0)] * lanes  # game, step
 
+    def length(self, lane: int, game: int) -> int:
+        return self._lengths[(game + lane) % len(self._lengths)]
+
     def write(self, count: int) -> None:
         for _ in range(count):
             slot = self._row % self.rows.shape.rows
             for lane, (game, step) in enumerate(self._at):
-                length = self._lengths[(game + lane) % len(self._lengths)]
+                length = self.length(lane, game)
                 last = step == length - 1
                 self.rows.frames[lane, slot] = (lane + 1, game + 1, step + 1)
                 self.rows.ages[lane, slot] = min(step, 255)
@@ -36,17 +39,25 @@ class Scribe:
             self._row += 1
 
 
-def check(memory: ReplayMemory, scribe: Scribe, stack: int, count: int, seed: int) -> set[tuple[int, int, int]]:
+def check(
+    memory: ReplayMemory, scribe: Scribe, stack: int, count: int, seed: int, ahead: int = 1
+) -> set[tuple[int, int, int]]:
+    """That what is sampled is what was played; returns lane, game and step of all."""
     found = memory.sample(count, np.random.default_rng(seed))
     seen = set()
-    for frames, action, reward, end in zip(found.frames, found.actions, found.rewards, found.ends, strict=True):
-        lane, game, step = (int(number) - 1 for number in frames[stack - 1])
-        assert (action, reward) == (step, 10 * game + step)
-        length = scribe._lengths[(game + lane) % len(scribe._lengths)]
-        assert end == (step == length - 1)
-        for back in range(-1, stack):
-            wanted = (lane + 1, game + 1, step - back + 1) if step >= back else (0, 0, 0)
-            assert tuple(frames[stack - 1 - back]) == wanted
+    for n in range(count):
+        lane, game, step = (int(number) - 1 for number in found.observations[n, -1])
+        after_lane, after_game, after = (int(number) - 1 for number in found.after[n, -1])
+        length = scribe.length(lane, game)
+        assert (after_lane, after_game) == (lane, game)
+        assert step < after <= min(step + ahead, length)
+        assert found.actions[n] == step
+        assert found.rewards[n] == sum((10 * game + s) * 0.5 ** (s - step) for s in range(step, after))
+        assert found.discounts[n] == (0.0 if after == length else 0.5 ** (after - step))
+        for frames, at in ((found.observations[n], step), (found.after[n], after)):
+            for back in range(stack):
+                wanted = (lane + 1, game + 1, at - back + 1) if at >= back else (0, 0, 0)
+                assert tuple(frames[stack - 1 - back]) == wanted
         seen.add((lane, game, step))
     return seen
 
@@ -60,33 +71,47 @@ def check(memory: ReplayMemory, scribe: Scribe, stack: int, count: int, seed: in
     st.integers(1, 12),
     st.sampled_from([0.0, 0.7]),
     st.integers(0, 9),
+    st.integers(1, 4),
 )
 def test_a_sample_is_what_was_played_while_writers_are_ahead(
-    lanes: int, stack: int, ahead: int, lengths: list[int], rounds: int, alpha: float, spare: int
+    lanes: int, stack: int, written: int, lengths: list[int], rounds: int, alpha: float, spare: int, ahead: int
 ) -> None:
-    scribe = Scribe(lanes, ahead + stack + 8 + spare, lengths)
-    memory = ReplayMemory(scribe.rows, stack, ahead, alpha)
+    scribe = Scribe(lanes, written + stack + 8 + spare, lengths)
+    memory = ReplayMemory(scribe.rows, stack, written, ahead=ahead, discount=0.5, alpha=alpha)
     scribe.write(8)
     memory.grow(8)
     for number in range(rounds):
-        scribe.write(ahead)  # played while what follows is learned
-        check(memory, scribe, stack, 24, number)
+        scribe.write(written)  # played while what follows is learned
+        check(memory, scribe, stack, 24, number, ahead)
         memory.prioritize(memory.sample(4, np.random.default_rng(number)).places, np.arange(4.0))
-        memory.grow(ahead)
+        memory.grow(written)
 
 
 def test_every_transition_comes_and_no_other() -> None:
     scribe = Scribe(2, 40, [4])
-    memory = ReplayMemory(scribe.rows, 2, 5)
+    memory = ReplayMemory(scribe.rows, 2, 5, discount=0.5)
     scribe.write(21)
     memory.grow(21)
     seen = check(memory, scribe, 2, 2000, 0)
     assert seen == {(lane, game, step) for lane in range(2) for game in range(4) for step in range(4)}
 
 
+def test_rewards_of_several_steps_are_summed_up_to_the_end_of_a_game() -> None:
+    scribe = Scribe(1, 40, [4])
+    memory = ReplayMemory(scribe.rows, 1, 2, ahead=3, discount=0.5)
+    scribe.write(12)
+    memory.grow(12)
+    assert len(check(memory, scribe, 1, 500, 0, ahead=3)) == 4 + 4 + 1
+    found = memory.sample(500, np.random.default_rng(0))
+    first = (found.observations[:, -1] == (1, 2, 1)).all(1)
+    assert first.any()
+    assert (found.after[first, -1, 2] == 4).all()  # three steps on
+    assert found.rewards[first] == pytest.approx(10 + 11 / 2 + 12 / 4)
+
+
 def test_the_oldest_rows_make_room() -> None:
     scribe = Scribe(1, 20, [1000])
-    memory = ReplayMemory(scribe.rows, 3, 4)
+    memory = ReplayMemory(scribe.rows, 3, 4, discount=0.5)
     for _ in range(15):
         scribe.write(4)
         memory.grow(4)
@@ -96,7 +121,7 @@ def test_the_oldest_rows_make_room() -> None:
 
 def test_chances_follow_priorities_and_weights_make_up_for_them() -> None:
     scribe = Scribe(1, 30, [1000])
-    memory = ReplayMemory(scribe.rows, 1, 4, alpha=1.0)
+    memory = ReplayMemory(scribe.rows, 1, 4, discount=0.5, alpha=1.0)
     scribe.write(5)
     memory.grow(5)
     memory.prioritize(np.arange(4), np.array([0.99, -1.99, 2.99, 3.99]))
@@ -109,7 +134,7 @@ def test_chances_follow_priorities_and_weights_make_up_for_them() -> None:
 
 def test_new_transitions_have_the_highest_priority() -> None:
     scribe = Scribe(1, 30, [1000])
-    memory = ReplayMemory(scribe.rows, 1, 4, alpha=1.0)
+    memory = ReplayMemory(scribe.rows, 1, 4, discount=0.5, alpha=1.0)
     scribe.write(3)
     memory.grow(3)
     memory.prioritize(np.array([0, 1]), np.array([0.0, 9.99]))
@@ -121,7 +146,7 @@ def test_new_transitions_have_the_highest_priority() -> None:
 
 def test_priorities_of_what_was_written_over_are_not_taken() -> None:
     scribe = Scribe(1, 16, [1000])
-    memory = ReplayMemory(scribe.rows, 1, 4, alpha=1.0)
+    memory = ReplayMemory(scribe.rows, 1, 4, discount=0.5, alpha=1.0)
     scribe.write(6)
     memory.grow(6)
     old = memory.sample(4, np.random.default_rng(0)).places
@@ -136,7 +161,7 @@ def test_priorities_of_what_was_written_over_are_not_taken() -> None:
 def test_a_cleared_memory_begins_anew() -> None:
     scribe = Scribe(2, 20, [4])
     for alpha in (0.0, 1.0):
-        memory = ReplayMemory(scribe.rows, 2, 5, alpha)
+        memory = ReplayMemory(scribe.rows, 2, 5, alpha=alpha)
         memory.grow(10)
         memory.clear()
         assert len(memory) == 0
@@ -146,7 +171,7 @@ def test_a_cleared_memory_begins_anew() -> None:
 
 def test_a_memory_that_is_too_small_is_refused() -> None:
     with pytest.raises(SettingError, match="needs 13"):
-        ReplayMemory(Rows(RowsShape(1, 12, (), "uint8")), stack=4, ahead=7)
+        ReplayMemory(Rows(RowsShape(1, 12, (), "uint8")), stack=4, written=7)
 
 
 @settings(max_examples=100, deadline=None)

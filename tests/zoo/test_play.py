@@ -24,22 +24,23 @@ from millrace.runtime.session import Session
 from millrace.zoo.play import Play
 from millrace.zoo.run import Division, configure, configure_again, find_run, open_run, train
 
-QUICK = ["compile=eager", "warm_up=200", "batch_size=16", "matches=4", "rows=8", "games=4", "width=32"]
+QUICK = ["compile=eager", "warm_up=200", "batch_size=16", "matches=4", "rows=8", "games=4", "width=32", "every=4"]
 PICTURES = ["game=ALE/Pong-v5", "matches=1", "longest=60", "warm_up=64", "capacity=400", "games=2", "rows=8"]
 
 
 def learner(double: bool = True, dueling: bool = False, errors: int = 0, every: int = 3) -> Learner:
     torch.manual_seed(0)
-    return Learner(Values(Kind((3,), "float32", 1, 4), 8, dueling), every, 0.9, double, errors).double().train()
+    return Learner(Values(Kind((3,), "float32", 1, 4), 8, dueling), every, double, errors).double().train()
 
 
 def batch(count: int = 5, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
-        "frames": torch.randn(count, 2, 3, dtype=torch.float64, generator=generator),
+        "observations": torch.randn(count, 1, 3, dtype=torch.float64, generator=generator),
         "actions": torch.randint(4, (count,), generator=generator),
         "rewards": torch.randn(count, dtype=torch.float64, generator=generator),
-        "ends": torch.tensor([0.0, 1.0] * count, dtype=torch.float64)[:count],
+        "after": torch.randn(count, 1, 3, dtype=torch.float64, generator=generator),
+        "discounts": torch.tensor([0.9, 0.0] * count, dtype=torch.float64)[:count],
         "weights": torch.rand(count, dtype=torch.float64, generator=generator),
         "scores": torch.full((count,), 2.0, dtype=torch.float64),
     }
@@ -63,7 +64,7 @@ def test_targets_are_those_of_the_papers(double: bool, dueling: bool) -> None:
             )
         value, target = model(given)
         for n in range(5):
-            now, after = given["frames"][n, :1], given["frames"][n, 1:]
+            now, after = given["observations"][n], given["after"][n]
             assert float(value[n]) == pytest.approx(float(model.online(now[None])[0, given["actions"][n]]))
             chooser = model.online if double else model.target
             best = int(chooser(after[None])[0].argmax())

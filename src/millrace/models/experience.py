@@ -31,6 +31,8 @@ class Pace:
     every: int  # transitions for each step of learning
     epsilon: Callable[[int], float]  # share of random actions, by steps of learning
     rows: int  # of every lane in a round
+    ahead: int = 1  # steps from an observation to the one after it
+    discount: float = 0.99  # of a reward for each of them
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,8 @@ class Priorities:
 class Experience(EpochBatches):
     """An endless stream of samples. Its position is a number of steps: what is in the memory does not outlive a run.
 
-    A batch is a dict: "frames" [B, stack + 1, *frame] (the first `stack` are an observation, the last `stack` the one
-    after it), "actions" int64 [B], "rewards", "ends", "weights" float32 [B], and "scores" [B], all the same: the mean
-    of the latest games.
+    A batch is a dict of what `Sample` says, "observations", "actions", "rewards", "after", "discounts" and "weights",
+    and of "scores" [B], all the same: the mean of the latest games.
 
     Args:
         playing: how actors play.
@@ -141,7 +142,14 @@ class Experience(EpochBatches):
         """The memory, after a warm-up where nothing is in it."""
         if self._memory is None:
             self._actors = Actors(self._playing, self._shape, self._policy())
-            self._memory = ReplayMemory(self._actors.rows, self._kind.stack, self._pace.rows, self._priorities.alpha)
+            self._memory = ReplayMemory(
+                self._actors.rows,
+                self._kind.stack,
+                self._pace.rows,
+                ahead=self._pace.ahead,
+                discount=self._pace.discount,
+                alpha=self._priorities.alpha,
+            )
         most = (self._shape.rows - self._pace.rows - self._kind.stack - 1) * self._lanes
         if not len(self._memory):
             while len(self._memory) < min(self._pace.warm_up, most):
@@ -180,10 +188,11 @@ class Experience(EpochBatches):
         found = memory.sample(self._batch_size, random, self._priorities.beta(number))
         self._places = found.places
         return {
-            "frames": torch.from_numpy(found.frames),
+            "observations": torch.from_numpy(found.observations),
             "actions": torch.from_numpy(found.actions),
             "rewards": torch.from_numpy(found.rewards),
-            "ends": torch.from_numpy(found.ends),
+            "after": torch.from_numpy(found.after),
+            "discounts": torch.from_numpy(found.discounts),
             "weights": torch.from_numpy(found.weights),
             "scores": torch.full((self._batch_size,), self._score),
         }

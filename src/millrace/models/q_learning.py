@@ -45,26 +45,25 @@ class Learner(nn.Module):
     steps: Tensor
     errors: Tensor | None
 
-    def __init__(self, online: nn.Module, target_every: int, discount: float, double: bool, errors: int) -> None:
+    def __init__(self, online: nn.Module, target_every: int, double: bool, errors: int) -> None:
         """errors: how many are kept for `Experience.prioritize`: a batch's, or 0."""
         super().__init__()
         self.online = online
         self.target = copy.deepcopy(online).requires_grad_(False)
-        self.target_every, self.discount, self.doubled = target_every, discount, double
+        self.target_every, self.doubled = target_every, double
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("errors", torch.zeros(errors) if errors else None)
 
     def forward(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The values [B] of what was done, and what they should be."""
-        frames = batch["frames"]
-        values_BA = self.online(frames[:, :-1])
+        values_BA = self.online(batch["observations"])
         value_B = values_BA.gather(1, batch["actions"][:, None])[:, 0]
         with torch.no_grad():
             self._renew_target()
-            after_BA = self.target(frames[:, 1:])
-            best_B1 = (self.online(frames[:, 1:]) if self.doubled else after_BA).argmax(-1, keepdim=True)
+            after_BA = self.target(batch["after"])
+            best_B1 = (self.online(batch["after"]) if self.doubled else after_BA).argmax(-1, keepdim=True)
             after_B = after_BA.gather(1, best_B1)[:, 0]
-            target_B = batch["rewards"] + self.discount * (1 - batch["ends"]) * after_B
+            target_B = batch["rewards"] + batch["discounts"] * after_B
             if self.errors is not None:
                 self.errors.copy_(target_B - value_B)
         return value_B, target_B

@@ -5,8 +5,9 @@ Several games go on side by side, a *lane* each, and every step of all lanes is 
     frames   what was seen            ages     steps since the game began, up to 255; 0 for its first frame
     actions  what was done then       rewards  what that gained             ends   whether it lost the game, or a life
 
-An observation is the newest `stack` frames of one game; frames before its beginning are zeros. Every frame is kept
-once, so that a transition (an observation, and the one after it) is `stack + 1` rows of a lane.
+An observation is the newest `stack` frames of one game; frames before its beginning are zeros. A frame is kept once.
+A transition is an observation, what was done, the rewards of up to `ahead` steps from there, and the observation then
+(R. Sutton, "Learning to predict by the methods of temporal differences", 1988; with one step, Mnih et al.'s).
 
 Uniform: V. Mnih et al., "Human-level control through deep reinforcement learning", 2015. Prioritized: T. Schaul et
 al., "Prioritized experience replay", 2016 (proportional variant).
@@ -76,10 +77,13 @@ class Rows:
 class Sample:
     """Transitions from a memory. B transitions, S frames in an observation."""
 
-    frames: Array  # [B, S + 1, *frame]: the first S are an observation, the last S the one after it
+    observations: Array  # [B, S, *frame]
     actions: Indices  # [B]
-    rewards: npt.NDArray[np.float32]  # [B]
-    ends: npt.NDArray[np.float32]  # [B], 1 where nothing comes after it
+    rewards: npt.NDArray[np.float32]  # [B], the sum of those up to `after`, discounted
+    after: Array  # [B, S, *frame]
+    discounts: npt.NDArray[
+        np.float32
+    ]  # [B], of what `after` is worth: 0 where the game, or a life, was lost on the way
     weights: npt.NDArray[np.float32]  # [B], against the bias of unequal chances
     places: Indices  # [B], for `prioritize`
 
@@ -90,20 +94,26 @@ class ReplayMemory:
     Args:
         rows: where writers write: row n of every lane lies at n modulo `rows.shape.rows`.
         stack: frames in an observation.
-        ahead: how many rows writers may be at beyond those that `grow` was told of: as many of the oldest are left out.
+        written: how many rows writers may be at beyond those that `grow` was told of: as many of the oldest are left
+            out.
+        ahead: steps from an observation to the one after, at most: fewer where the game ends, or the memory.
+        discount: of a reward for every step that it lies ahead.
         alpha: 0 takes all alike, 1 in proportion to their priority. Priorities cost time, so 0 keeps none.
     """
 
-    def __init__(self, rows: Rows, stack: int, ahead: int, alpha: float = 0.0) -> None:
-        if rows.shape.rows < ahead + stack + 2:
+    def __init__(
+        self, rows: Rows, stack: int, written: int, *, ahead: int = 1, discount: float = 1.0, alpha: float = 0.0
+    ) -> None:
+        if rows.shape.rows < written + stack + 2:
             raise SettingError(
                 f"A replay memory of {rows.shape.rows} rows in each of {rows.shape.lanes} games is too small: with "
-                f"{ahead} rows being written it needs {ahead + stack + 2}. Let it hold more transitions."
+                f"{written} rows being written it needs {written + stack + 2}. Let it hold more transitions."
             )
         self.rows = rows
         self.complete = 0  # rows of every lane
         self._stack = stack
-        self._ahead = ahead
+        self._written = written
+        self._ahead, self._discount = ahead, discount
         self._alpha = alpha
         self._sums = SumTree(rows.shape.lanes * rows.shape.rows) if alpha else None
         self._highest = 1.0  # priority so far, which new transitions get: each is to be learned from once
@@ -163,7 +173,7 @@ class ReplayMemory:
 
     def _first(self) -> int:
         """The oldest row whose observation will be there while writers are ahead."""
-        oldest = self.complete + self._ahead - self.rows.shape.rows
+        oldest = self.complete + self._written - self.rows.shape.rows
         return 0 if oldest <= 0 else oldest + self._stack - 1
 
     def _uniform(self, count: int, random: np.random.Generator) -> tuple[Indices, Indices]:
@@ -184,20 +194,41 @@ class ReplayMemory:
         return (lanes + rows % self.rows.shape.rows).ravel()
 
     def _read(self, lanes: Indices, rows: Indices, weights: npt.NDArray[np.float32]) -> Sample:
-        kept, slots = self.rows, rows % self.rows.shape.rows
-        back = np.arange(self._stack - 1, -2, -1)  # …, 1, 0 (this row), -1 (the next)
+        slots = rows % self.rows.shape.rows
+        after, rewards, discounts = self._ahead_of(lanes, rows)
+        return Sample(
+            self._observations(lanes, rows),
+            self.rows.actions[lanes, slots].astype(np.int64),
+            rewards.astype(np.float32),
+            self._observations(lanes, after),
+            discounts.astype(np.float32),
+            weights,
+            lanes * self.rows.shape.rows + slots,
+        )
+
+    def _ahead_of(self, lanes: Indices, rows: Indices) -> tuple[Indices, Array, Array]:
+        """Up to `ahead` steps on: the rows there, the rewards up to there, and what counts of all that follows."""
+        kept, size = self.rows, self.rows.shape.rows
+        after, rewards, discounts = rows.copy(), np.zeros(len(rows)), np.ones(len(rows))
+        goes_on = np.ones(len(rows), bool)
+        for _ in range(self._ahead):
+            slots = after % size
+            goes_on &= (after + 1 < self.complete) & (kept.ages[lanes, (after + 1) % size] > 0)
+            rewards += np.where(goes_on, discounts * kept.rewards[lanes, slots], 0.0)
+            lost = goes_on & kept.ends[lanes, slots]
+            discounts = np.where(lost, 0.0, np.where(goes_on, discounts * self._discount, discounts))
+            after += goes_on
+            goes_on &= ~lost
+        return after, rewards, discounts
+
+    def _observations(self, lanes: Indices, rows: Indices) -> Array:
+        kept = self.rows
+        back = np.arange(self._stack - 1, -1, -1)
         frames = kept.frames[lanes[:, None], (rows[:, None] - back) % kept.shape.rows]
-        before = back[None] > kept.ages[lanes, slots][:, None]  # of another game
+        before = back[None] > kept.ages[lanes, rows % kept.shape.rows][:, None]  # of another game
         if before.any():
             frames[before] = 0
-        return Sample(
-            frames,
-            kept.actions[lanes, slots].astype(np.int64),
-            kept.rewards[lanes, slots],
-            kept.ends[lanes, slots].astype(np.float32),
-            weights,
-            lanes * kept.shape.rows + slots,
-        )
+        return frames
 
 
 class SumTree:

@@ -25,8 +25,8 @@ from millrace.models.games import ATARI, Games, Kind, make_games, play_games
 from millrace.models.matches import Matches, acting
 from millrace.models.pictures import contact_sheet, curves
 from millrace.models.q_learning import Learner, Values
-from millrace.optim.constructors import adam
 from millrace.optim.optimizer import Optimizer
+from millrace.optim.rules.adam import Adam
 from millrace.optim.schedule import Linear
 from millrace.train.callbacks import Callback, RunView
 from millrace.zoo.base import Facts, Pictures, Prediction, Task, TaskData
@@ -66,8 +66,10 @@ class PlaySettings(Settings):
     prioritized: bool = setting(False, "whether transitions are sampled by their error")
     width: int = setting(128, "hidden units of each of two layers, where games show numbers", low=1)
     discount: float = setting(0.99, "of a reward for every step that it lies ahead", low=0, high=1)
+    ahead: int = setting(1, "steps whose rewards are summed before the target's value counts", low=1)
     learning_rate: float | None = setting(None, "of Adam, at first; it falls to 0", low=0)
     target_every: int | None = setting(None, "steps between copies of the network to the target's", low=1)
+    average: float | None = setting(0.999, "decay of the running average of the weights; none for no average", high=1)
     delta: float | None = setting(None, "size from which on a value's error counts linearly, not squared", low=0)
     explore: float = setting(0.2, "share of the run after which few actions are random", low=0, high=1)
     epsilon: float = setting(0.02, "share of random actions from there on", low=0, high=1)
@@ -102,7 +104,7 @@ class Play(Task[PlaySettings]):
         games.close()
         facts = _facts_of(games.kind) if facts is None else facts
         playing = Playing(s.game, s.actors, s.games, True, s.longest, clipped=s.game.startswith(ATARI), seed=s.seed)
-        pace = Pace(cast(int, s.capacity), cast(int, s.warm_up), s.every, self._epsilon, s.rows)
+        pace = Pace(cast(int, s.capacity), cast(int, s.warm_up), s.every, self._epsilon, s.rows, s.ahead, s.discount)
         priorities = Priorities(0.6 * s.prioritized, self._beta)
         train = Experience(playing, games.kind, pace, priorities, s.batch_size, lambda: self._network(games.kind))
         return TaskData(train, self._matches("validation"), self._matches("test"), facts)
@@ -127,7 +129,7 @@ class Play(Task[PlaySettings]):
         """The network, and the one that its targets are computed with."""
         s = self.settings
         errors = s.batch_size if s.prioritized else 0
-        return Learner(self._network(_kind_of(facts)), cast(int, s.target_every), s.discount, s.double, errors)
+        return Learner(self._network(_kind_of(facts)), cast(int, s.target_every), s.double, errors)
 
     def loss(self, model: Learner, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Of the values' errors, which count linearly from `delta` on; of an evaluation, minus its score."""
@@ -139,8 +141,9 @@ class Play(Task[PlaySettings]):
         return (losses_B * batch["weights"]).mean(), {"value": value_B.mean(), "score": score}
 
     def optimizer(self, model: nn.Module, steps: int) -> Optimizer:
-        """Adam on clipped gradients, at a rate that falls to nothing: what is learned last is not unlearned."""
-        return adam(Linear(cast(float, self.settings.learning_rate), steps), clip_norm=10.0)
+        """Adam on clipped gradients, at a rate that falls to nothing; averages of the weights are what is evaluated."""
+        rate = Linear(cast(float, self.settings.learning_rate), steps)
+        return Optimizer(Adam(), rate, clip_norm=10.0, average=self.settings.average)
 
     def callbacks(self, model: nn.Module, data: TaskData) -> list[Callback]:
         """Have the actors and the evaluations play by the weights in training."""
