@@ -55,7 +55,7 @@ def own(game: str, seconds: float, settings: list[str]) -> float:
     task = configure("play", [f"game=ALE/{game}-v5", *SETTINGS, *fixed, *settings])
     watch = Stopwatch(seconds, settled=64)
     train(task, run_dir=False, progress=False, device="cpu", callbacks=[watch])
-    return watch.steps_per_s * task.settings.every * FRAMES_PER_STEP
+    return watch.steps_per_s * int(task.settings.every) * FRAMES_PER_STEP
 
 
 def peer(python: str, game: str, seconds: float) -> float:

@@ -39,6 +39,9 @@ _BY_KIND: dict[str, tuple[float, float]] = {
     "warm_up": (1_000, 20_000),
     "target_every": (100, 250),
     "delta": (100.0, 1.0),
+    "games": (16, 8),
+    "every": (8, 4),
+    "ahead": (8, 1),
     "matches": (100, 5),
     "careless": (0.0, 0.05),
 }
@@ -50,26 +53,30 @@ class PlaySettings(Settings):
     """Defaults that balance CartPole's pole for as long as is asked for."""
 
     steps: int | None = setting(12_000, "of learning", low=1, on_resume=True)
-    batch_size: int = setting(64, "transitions per step", low=1)
+    batch_size: int = setting(128, "transitions per step", low=1)
     evaluate_every: int | None = setting(2_000, "steps between evaluations", low=1, on_resume=True)
     checkpoint_every: int | None = setting(2_000, "steps between checkpoints", low=1, on_resume=True)
     threads: int | None = setting(1, "of the CPU to train with; none takes one per core", low=1, on_resume=True)
     game: str = setting("CartPole-v1", "as gymnasium calls it, such as ALE/Pong-v5")
     actors: int = setting(1, "processes that play", low=1)
-    games: int = setting(8, "that each actor plays side by side", low=1)
-    rows: int = setting(16, "steps in every game between one set of new weights and the next", low=1)
-    every: int = setting(4, "transitions played for each step of learning", low=1)
-    capacity: int | None = setting(None, "transitions in the memory; none chooses by the game, here and below", low=1)
+    games: int | None = setting(
+        None, "that each actor plays side by side; none chooses by the game, here and below", low=1
+    )
+    rows: int = setting(8, "steps in every game between one set of new weights and the next", low=1)
+    every: int | None = setting(None, "transitions played for each step of learning", low=1)
+    capacity: int | None = setting(None, "transitions in the memory", low=1)
     warm_up: int | None = setting(None, "transitions to begin with", low=1)
     double: bool = setting(True, "whether the network in training chooses the action whose value the target gives")
     dueling: bool = setting(False, "whether values are a state's plus advantages of actions")
     prioritized: bool = setting(False, "whether transitions are sampled by their error")
     width: int = setting(128, "hidden units of each of two layers, where games show numbers", low=1)
     discount: float = setting(0.99, "of a reward for every step that it lies ahead", low=0, high=1)
-    ahead: int = setting(1, "steps whose rewards are summed before the target's value counts", low=1)
+    ahead: int | None = setting(None, "steps whose rewards are summed before the target's value counts", low=1)
     learning_rate: float | None = setting(None, "of Adam, at first; it falls to 0", low=0)
     target_every: int | None = setting(None, "steps between copies of the network to the target's", low=1)
-    average: float | None = setting(0.999, "decay of the running average of the weights; none for no average", high=1)
+    average: float | None = setting(
+        0.999, "decay of the running average of the weights; none for no average", low=0, high=1
+    )
     delta: float | None = setting(None, "size from which on a value's error counts linearly, not squared", low=0)
     explore: float = setting(0.2, "share of the run after which few actions are random", low=0, high=1)
     epsilon: float = setting(0.02, "share of random actions from there on", low=0, high=1)
@@ -103,8 +110,11 @@ class Play(Task[PlaySettings]):
         games = make_games(s.game, 1)
         games.close()
         facts = _facts_of(games.kind) if facts is None else facts
-        playing = Playing(s.game, s.actors, s.games, True, s.longest, clipped=s.game.startswith(ATARI), seed=s.seed)
-        pace = Pace(cast(int, s.capacity), cast(int, s.warm_up), s.every, self._epsilon, s.rows, s.ahead, s.discount)
+        playing = Playing(
+            s.game, s.actors, cast(int, s.games), True, s.longest, clipped=s.game.startswith(ATARI), seed=s.seed
+        )
+        capacity, warm_up, every, ahead = cast(tuple[int, ...], (s.capacity, s.warm_up, s.every, s.ahead))
+        pace = Pace(capacity, warm_up, every, self._epsilon, s.rows, ahead, s.discount)
         priorities = Priorities(0.6 * s.prioritized, self._beta)
         train = Experience(playing, games.kind, pace, priorities, s.batch_size, lambda: self._network(games.kind))
         return TaskData(train, self._matches("validation"), self._matches("test"), facts)
