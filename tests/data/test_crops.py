@@ -1,4 +1,4 @@
-"""Crops: from inside the photo, alike in brightness and contrast, and side by side."""
+"""Crops: from inside the photo, and alike in brightness and contrast."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millrace.data.crops import contact_sheet, random_crops, standardized
+from millrace.data.crops import random_crops, standardized
 from millrace.errors import DataError
 
 
@@ -46,11 +46,3 @@ def test_neither_brightness_nor_contrast_is_left() -> None:
     assert torch.allclose(made.square().mean((1, 2, 3)), torch.ones(4), atol=1e-4)
     assert torch.allclose(made, standardized(images * 0.5 + 0.3), atol=1e-4)
     assert standardized(torch.full((1, 1, 9, 9), 0.4)).abs().max() < 1e-4
-
-
-def test_a_sheet_has_its_images_in_reading_order() -> None:
-    images = torch.arange(1.0, 6.0).view(5, 1, 1, 1).expand(5, 1, 2, 3)
-    sheet = contact_sheet(images, 3)
-    assert sheet.shape == (1, 8, 15)
-    assert sheet[0, 1, [1, 6, 11]].tolist() == [1, 2, 3]
-    assert sheet[0, 5, [1, 6, 11]].tolist() == [4, 5, 0]

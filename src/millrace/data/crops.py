@@ -1,4 +1,4 @@
-"""Small pictures out of large ones, made alike in brightness and contrast, and a sheet of them to look at."""
+"""Small pictures out of large ones, made alike in brightness and contrast."""
 
 from __future__ import annotations
 
@@ -50,13 +50,3 @@ def standardized(images: Tensor, floor: float = 0.02) -> Tensor:
     """
     centred = images - images.mean((1, 2, 3), keepdim=True)
     return centred / centred.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(floor)
-
-
-def contact_sheet(images: Tensor, columns: int, border: int = 1) -> Tensor:
-    """Images side by side in rows, on black. Args: images: [n, C, H, W], from 0 to 1. Returns: [C, rows, cols]."""
-    count, channels, height, width = images.shape
-    rows = -(-count // columns)
-    full = torch.cat([images, images.new_zeros(rows * columns - count, channels, height, width)])
-    framed = functional.pad(full, (border, border, border, border))
-    grid = framed.view(rows, columns, channels, height + 2 * border, width + 2 * border)
-    return grid.permute(2, 0, 3, 1, 4).reshape(channels, rows * (height + 2 * border), columns * (width + 2 * border))

@@ -47,7 +47,7 @@ def best_detector(values: Tensor, belongs: Tensor, *, both_ways: bool = False) -
 
 
 def balanced_accuracy(said: Tensor, belongs: Tensor) -> float:
-    """The mean of the shares found right among the class and among the others: 0.5 by chance, whatever their numbers."""
+    """The mean of the shares found right of the class and of the others: 0.5 by chance, whatever their numbers."""
     right = (said == belongs).double()
     return float((right[belongs].mean() + right[~belongs].mean()) / 2)
 

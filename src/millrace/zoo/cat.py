@@ -20,7 +20,8 @@ from torch.nn import functional
 from millrace.data.augment import random_flip
 from millrace.data.batches import Batches
 from millrace.data.class_pictures import ClassPictures, Labelled, cat_pictures, face_pictures, own_pictures
-from millrace.data.crops import contact_sheet, standardized
+from millrace.data.contact_sheet import contact_sheet
+from millrace.data.crops import standardized
 from millrace.data.images import read_image
 from millrace.data.mapped import mapped
 from millrace.data.randomness import generator_from
@@ -145,10 +146,12 @@ class Cat(Task[CatSettings]):
         """The unseen pictures that drive the unit most, and what would drive it more than any."""
         _, test = _labelled(data.test)
         unit = _chosen(model, data.test).unit
-        top = _units(model, test.images)[-1][:, unit].argsort(descending=True)[:48]
+        values, order = _units(model, test.images)[-1][:, unit].sort(descending=True)
+        top = test.images[order[:48]] / 5 + 0.5
+        captions, right = [f"{value:.2f}" for value in values[:48].tolist()], test.belongs[order[:48]].tolist()
         return {
-            "top_stimuli": contact_sheet(_shown(test.images[top]), 12),
-            "optimal_stimulus": contact_sheet(_shown(self._optimal(model, unit)[None]), 1),
+            "top_stimuli": contact_sheet(top.clamp(0, 1), captions, right, columns=12, zoom=3),
+            "optimal_stimulus": _shown(self._optimal(model, unit)[None])[0],
         }
 
     def _optimal(self, model: nn.Module, unit: int) -> Tensor:
