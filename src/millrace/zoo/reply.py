@@ -211,8 +211,8 @@ class Reply(Task[ReplySettings]):
             "",
             self._saved(model),
         ]
-        for exchange in self._test[:: max(1, len(self._test) // 8)]:
-            lines += ["", f"  {exchange.message}", f"  → {self._said(model, exchange.message)[0]}"]
+        for message in self.examples(8):
+            lines += ["", f"  {message}", f"  → {_shown(self.said(model, message))}"]
         return "\n".join(lines)
 
     def _always_the_same(self, data: TaskData) -> tuple[list[str], float]:
@@ -237,12 +237,15 @@ class Reply(Task[ReplySettings]):
             f"{1e3 * slow_s:.1f} ms: {saved:.0%} of the time is saved"
         )
 
-    def _said(self, model: nn.Module, message: str) -> tuple[str, dict[str, Any]]:
+    def examples(self, count: int) -> list[str]:
+        """Some messages of the test, from all over it, once there is `data`."""
+        return [exchange.message for exchange in self._test[:: max(1, len(self._test) // count)][:count]]
+
+    def said(self, model: nn.Module, message: str) -> list[str]:
+        """Three replies to a message; none where no short reply is due."""
         message_1S = self._tensors([Exchange(message, "", "")])["message"]
-        if not self._due(model, message_1S)[0]:
-            return "(no short reply is due)", {"replies": []}
-        replies = [offer.reply for offer in self.offers(model, message_1S)[0]]
-        return "  |  ".join(replies), {"replies": replies}
+        is_due = bool(self._due(model, message_1S)[0])
+        return [offer.reply for offer in self.offers(model, message_1S)[0]] if is_due else []
 
     def predict(self, model: nn.Module, file: Path, facts: Facts) -> Prediction:
         """Three replies to the message in a file, or none."""
@@ -253,7 +256,8 @@ class Reply(Task[ReplySettings]):
             raise DataError(f"The message {file} cannot be read: {error}. Give a file of plain text.") from error
         if not message:
             raise DataError(f"The message {file} is empty. Give a file of plain text.")
-        return Prediction(*self._said(model, message))
+        replies = self.said(model, message)
+        return Prediction(_shown(replies), {"replies": list(replies)})
 
 
 class ReplyModel(nn.Module):
@@ -286,6 +290,10 @@ class Trigger(nn.Module):
         x_BSD = torch.cat([self.one(message_BS), self.two(functional.pad(message_BS, (1, 0), value=START))], dim=-1)
         mean_BD = (x_BSD * seen_BS1).sum(1) / seen_BS1.sum(1).clamp(min=1)
         return cast(Tensor, self.layers(mean_BD))[:, 0]
+
+
+def _shown(replies: Sequence[str]) -> str:
+    return "  |  ".join(replies) or "(no short reply is due)"
 
 
 def _padded(rows: Sequence[Sequence[int]], length: int) -> Tensor:
