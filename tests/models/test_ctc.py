@@ -95,7 +95,7 @@ def test_edit_distance_of_words() -> None:
 
 
 def test_torchs_loss_in_a_traced_step_gives_its_values_and_gradients() -> None:
-    """Texts of different lengths, one of them too long for its frames."""
+    """Texts of different lengths, one of them too long for its frames; and other lengths than it was traced with."""
     torch.manual_seed(0)
     model = torch.nn.Linear(5, 7).double()
     batch = {
@@ -111,7 +111,8 @@ def test_torchs_loss_in_a_traced_step_gives_its_values_and_gradients() -> None:
 
     expected = loss(model, batch)[0]
     expected.backward()
-    graph = training_graph(model, loss, sgd(1.0), batch)
+    traced_with = {**batch, "frames": torch.tensor([5, 12, 12, 7]), "lengths": torch.tensor([2, 3, 1, 4])}
+    graph = training_graph(model, loss, sgd(1.0), traced_with)
     session = Session(graph, compile="eager", copy=True)
     value, _ = session.run(["loss", "train"], batch)
     assert torch.allclose(value, expected)

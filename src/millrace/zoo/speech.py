@@ -69,6 +69,7 @@ class Speech(Task[SpeechSettings]):
     metric = "word_error"  # wrong words over words, all conditions together
     better = "min"
     monitor = "loss"
+    bar = 0.3
 
     def data(self, facts: Facts | None = None) -> TaskData:
         """Texts and speakers of the three parts differ; the last two are heard under each condition."""
