@@ -55,7 +55,7 @@ def figure(run: Path, factory: str) -> dict[str, Any]:
     if result["task"] != "speech" or str(settings["factory"]).lower() != factory:
         raise ValueError(f"{run} is a run of {result['task']} with factory={settings.get('factory')}, not {factory}")
     errors = {name: round(result[f"test_word_error_{name}"], 4) for name in CONDITIONS}
-    return {"steps": result["steps"], "seconds": round(result["train_s"]), "errors": errors}
+    return {"steps": result["steps"], "errors": errors}
 
 
 def table(kept: Mapping[str, Mapping[str, Any]]) -> str:
