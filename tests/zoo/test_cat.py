@@ -169,6 +169,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(alone: Finished, folder: Pat
     assert all(whole[name].equal(rest[name]) for name in whole)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "division",
     [Division(partitions=2), Division(replicas=2), Division(replicas=2, update="async")],

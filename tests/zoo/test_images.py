@@ -137,6 +137,7 @@ def test_half_of_the_classes_and_the_rest_are_all() -> None:
     assert labels.bincount().tolist() == [3] * 10
 
 
+@pytest.mark.long
 def test_transfer_begins_with_the_other_runs_features_and_is_compared(
     finished: Finished, opened: Opened, tmp_path: Path
 ) -> None:
@@ -189,6 +190,7 @@ def own_run(folder: Path, path: Path, *changes: str, **how: Any) -> Finished:
     return train(task, progress=False, device="cpu", **({"run_dir": path} | how))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", WAYS)
 def test_ones_own_pictures_are_learned_in_every_way(way: str, folder: Path, tmp_path: Path) -> None:
     network = "inception" if way == "one process" else "residual"

@@ -154,6 +154,7 @@ def test_divided_it_is_the_same_run(division: dict[str, object], whole: Path, rh
     assert largest_difference(whole, run(rhyme, f"divided {division}", **division)) < 1e-4
 
 
+@pytest.mark.long
 def test_it_learns_asynchronously(rhyme: Path) -> None:
     directory = run(rhyme, "async", "steps=60", "learning_rate=0.01", replicas=2, update=Async(copies=False))
     opened = open_run(find_run(str(directory)), "cpu")

@@ -117,6 +117,7 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(first.model.target.advantages.weight, last.model.target.advantages.weight)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("update", [None, "sync", "async"])
 def test_the_same_task_divided(update: str | None) -> None:
     division = Division(partitions=2) if update is None else Division(replicas=2, update=update)

@@ -138,6 +138,7 @@ def test_a_message_without_a_reply_teaches_the_writer_nothing() -> None:
     assert any(p.grad.abs().sum() > 0 for p in model.trigger.parameters() if p.grad is not None)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("division", [{"replicas": 2}, {"partitions": 2}], ids=["replicas", "partitions"])
 def test_divided_it_is_the_same_run(division: dict[str, object], whole: Path, exchanges: Path) -> None:
     directories = (whole, run(exchanges, f"divided {division}", **division))
@@ -145,6 +146,7 @@ def test_divided_it_is_the_same_run(division: dict[str, object], whole: Path, ex
     assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-4
 
 
+@pytest.mark.long
 def test_it_trains_asynchronously(exchanges: Path) -> None:
     directory = run(exchanges, "async", replicas=2, update=Async(copies=False))
     assert open_run(find_run(str(directory)), "cpu").step == 6

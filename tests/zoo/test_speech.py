@@ -123,6 +123,7 @@ def weights(finished: Finished) -> list[Tensor]:
     return list(opened.model.state_dict().values())
 
 
+@pytest.mark.long
 def test_it_is_divided_without_a_change(folder: Path, tmp_path: Path) -> None:
     settings = [*SMALL, f"data={folder}", "steps=6", "checkpoint_every=6", "evaluate_every=6"]
     made = {

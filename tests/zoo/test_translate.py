@@ -116,6 +116,7 @@ WAYS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", WAYS)
 def test_it_runs_divided(way: str, phrases: Path, tmp_path: Path) -> None:
     task = configure("translate", [*TINY, f"data={phrases}", "steps=6"])
@@ -134,6 +135,7 @@ class StopAt(Callback):
             run.stop()
 
 
+@pytest.mark.long
 def test_a_run_that_was_stopped_ends_with_the_same_bits(phrases: Path, tmp_path: Path) -> None:
     settings = [*TINY, f"data={phrases}", "steps=6"]
     train(configure("translate", settings), run_dir=tmp_path / "whole", progress=False, device="cpu")
