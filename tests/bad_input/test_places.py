@@ -222,6 +222,7 @@ def press_enter(process: subprocess.Popen[str]) -> None:
     process.stdin.flush()
 
 
+@pytest.mark.long
 def test_of_two_runs_in_one_directory_one_goes_on_undisturbed(tmp_path: Path) -> None:
     processes = [started(tmp_path / "run"), started(tmp_path / "run")]
     try:

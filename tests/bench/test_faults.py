@@ -11,6 +11,7 @@ import pytest
 from bench import faults, soak
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("session", "kind"), [("collective", "user code raises"), ("async", "shard killed")])
 def test_a_fault_is_noticed_and_its_cost_told(
     session: str, kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -54,6 +54,7 @@ def test_five_lines_are_five() -> None:
     assert all(line.count("\n") == 0 for line in lines[:5])
 
 
+@pytest.mark.long
 def test_five_lines_say_what_is_wrong_with_a_folder(tmp_path: Path) -> None:
     for label in ("cat", "dog"):
         (tmp_path / label).mkdir()
@@ -99,6 +100,7 @@ def plain_logistic_regression(steps: int) -> tuple[list[float], float]:
     return losses, float((model(images[test]).argmax(1) == labels[test]).float().mean())
 
 
+@pytest.mark.long
 def test_the_generator_learns_to_draw_a_ring(tmp_path: Path) -> None:
     printed = output("custom_training_loop.py", 801, cwd=tmp_path)
     off = [float(distance) for distance in re.findall(r"([\d.]+) from the ring on average", printed)]
@@ -157,6 +159,7 @@ def test_two_devices_learn_digits_and_show_their_time(tmp_path: Path) -> None:
         assert {"/host:0/cpu:0", "/host:0/cpu:1"} <= rows
 
 
+@pytest.mark.long
 def test_a_model_too_big_for_one_worker_trains_over_two(tmp_path: Path) -> None:
     one, told, two = re.split("one worker, told|two workers:", output("too_big_for_one.py", cwd=tmp_path))
     assert "no: auto found no plan that fits into memory" in one
@@ -166,6 +169,7 @@ def test_a_model_too_big_for_one_worker_trains_over_two(tmp_path: Path) -> None:
     assert len(losses) == 3
 
 
+@pytest.mark.long
 def test_a_cluster_that_one_does_not_have_is_planned_for(tmp_path: Path) -> None:
     name = "plan_for_a_cluster.py".removesuffix(".py")
     code = f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); import {name} as plan; plan.main([], 2, 48)"
@@ -182,6 +186,7 @@ def test_a_cluster_that_one_does_not_have_is_planned_for(tmp_path: Path) -> None
     assert (tmp_path / "plan.json").exists()
 
 
+@pytest.mark.long
 def test_a_table_on_the_cpu_learns_with_a_dense_part_elsewhere(tmp_path: Path) -> None:
     printed = output("embedding_on_the_cpu.py", 400, "eager", cwd=tmp_path)
     assert ("second CPU worker" in printed) != torch.cuda.is_available()
@@ -224,6 +229,7 @@ def test_replicas_that_agree_after_every_tenth_step_learn_as_well(tmp_path: Path
     assert float(found[2]) > float(found[1]) - 0.05 > 0.8
 
 
+@pytest.mark.long
 def test_a_table_on_servers_learns_by_the_rows_that_batches_name(tmp_path: Path) -> None:
     done = run("sparse_embeddings.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -139,6 +139,7 @@ def kernels(graph: Graph) -> int:
     return sum(str(node.target) == KERNEL for node in graph.nodes)
 
 
+@pytest.mark.long
 @settings(max_examples=10, deadline=None)
 @given(
     steps=st.integers(2, 9),

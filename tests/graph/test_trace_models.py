@@ -174,6 +174,7 @@ def test_language_model(make: Callable[[float], nn.Module], dtype: torch.dtype) 
     match_eager(build, step, text(mask=dtype == torch.float64), dtype=dtype)
 
 
+@pytest.mark.long
 @language_models
 def test_language_model_with_dropout(make: Callable[[float], nn.Module]) -> None:
     importable_torchvision()

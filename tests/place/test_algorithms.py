@@ -47,6 +47,7 @@ def test_plans_fit_and_run_where_they_may(name: str, problem: Problem) -> None:
     _check(problem, name, 1.0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SLOW)
 @given(problem=problems(groups=5, tasks=12, tight=True))
 @settings(max_examples=6, deadline=None)

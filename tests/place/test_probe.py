@@ -16,6 +16,7 @@ from millrace.place.cluster_file import read_cluster
 from millrace.place.probe import chosen_devices, local_cluster, local_links
 
 
+@pytest.mark.long
 def test_measured_once_and_again_when_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MILLRACE_CACHE", str(tmp_path))
     cluster = local_cluster([1, 1], budget_s=0.1)

@@ -290,6 +290,7 @@ def test_survivors_of_a_lost_rank_form_the_next_generation(
         os.kill(victim.pid, signal.SIGKILL)  # the program that forked it has not taken note of its end: it is there
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", [0, 2])
 def test_a_stopped_rank_that_goes_on_changes_no_bit_of_later_generations(place: int, team: Team) -> None:
     """Stopped anywhere in a round of shared memory, also as the one whose memory it is; it goes on while others add."""

@@ -80,6 +80,7 @@ def killed_replica(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_a_replica_is_replaced_that_lost_a_device_or_was_lost_and_leaves_none_behind() -> None:
     """And the run is that of another with the same replicas, in which nothing is lost."""
     graph = step_graph("mlp", "adamw")

@@ -235,6 +235,7 @@ def test_an_error_of_the_writer_surfaces_once_and_costs_nothing_else(
 # whole at every moment
 
 
+@pytest.mark.long
 def test_kill_9_at_random_moments_never_costs_a_promised_checkpoint(tmp_path: Path) -> None:
     result = outcome("random", tmp_path / "run", 25, 20261120)
     assert result["kills"] == 25

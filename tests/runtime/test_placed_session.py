@@ -119,6 +119,7 @@ def test_a_batch_may_hold_a_single_number() -> None:
         assert torch.equal(placed.run(names, with_number)[1], whole.run(names, with_number)[1])
 
 
+@pytest.mark.long
 def test_segments_are_compiled_in_the_workers(processes: ProcessWorkers) -> None:
     graph = step_graph(torch.optim.SGD)
     whole = Session(graph, compile="eager", copy=True)

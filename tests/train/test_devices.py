@@ -47,6 +47,7 @@ def test_two_devices_train_as_one_does() -> None:
     same(trained(devices=TWO, placement=APART, microbatches=2), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.long
 def test_a_number_of_devices_means_workers_of_this_machine() -> None:
     same(trained(devices=2), trained())
 

@@ -55,6 +55,7 @@ def test_runs_with_worker_processes_survive_kills_as_well(tmp_path: Path) -> Non
     assert sum(outcome["deaths"] for outcome in found.values()) >= 2
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killed_while_a_checkpoint_is_written_a_run_goes_on_from_the_one_before(tmp_path: Path) -> None:
     found = kill(tmp_path, 3, 3, "--save", "arrays", "epochs")

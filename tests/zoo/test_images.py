@@ -203,6 +203,7 @@ def test_ones_own_pictures_are_learned_in_every_way(way: str, folder: Path, tmp_
     assert len(said.values["top5"]) == 4  # type: ignore[arg-type]
 
 
+@pytest.mark.long
 def test_a_resumed_run_ends_as_if_it_had_not_stopped(folder: Path, tmp_path: Path) -> None:
     own_run(folder, tmp_path / "whole", "steps=9")
     own_run(folder, tmp_path / "parts", "steps=9", callbacks=[StopAfter(5)])

@@ -148,6 +148,7 @@ class StopAt(Callback):
             run.stop()
 
 
+@pytest.mark.long
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:
     settings = [*SMALL, "dropout=0.2", f"data={folder}", "steps=8", "checkpoint_every=4", "evaluate_every=4"]
     whole = train(configure("speech", settings), run_dir=tmp_path / "whole", progress=False, device="cpu")

@@ -59,6 +59,7 @@ def test_words_and_sums_are_answered(finished: Finished, tmp_path: Path) -> None
         opened.task.predict(opened.model, tmp_path / "none.txt", opened.facts)
 
 
+@pytest.mark.long
 def test_sampled_softmax_finds_them_too(tmp_path: Path) -> None:
     found = trained(tmp_path / "run", ["sentences=12000", "epochs=4", "objective=sampled_softmax"])
     assert found.test["analogies"] >= 0.9
