@@ -75,6 +75,7 @@ class Translate(Task[TranslateSettings]):
     settings_type = TranslateSettings
     metric = "bleu"
     monitor = "loss"  # BLEU takes a search
+    bar = 30.0
     _subwords: Subwords
 
     def data(self, facts: Facts | None = None) -> TaskData:
@@ -222,8 +223,8 @@ def _subwords(facts: Facts) -> Subwords:
 
 
 def _readable(text: str) -> str:
-    """Marks of placeholders as people can read them."""
-    return restored(text, [f"⟨{number}⟩" for number in range(1, len(MARKS) + 1)])
+    """Marks of placeholders, and parts of characters, as people can read them."""
+    return restored(text, [f"<{number}>" for number in range(1, len(MARKS) + 1)]).replace("\ufffd", "?")
 
 
 TASK = Translate
