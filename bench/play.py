@@ -3,7 +3,10 @@
 Both play, store and learn with the same network, batch, rate and number of transitions per step of learning, in turn
 on the same machine; the peer is `bench/peers/dqn_loop.py`, run by the interpreter that --peer names. Warm-ups do not
 count.
-Prints one JSON line per game; the medians are kept in bench/results/play.json.
+Prints one JSON line per game; the medians are kept in bench/results/play.json, and a table of docs/zoo/play.md is made
+of them. With --curves, the figure of that page is drawn instead, from the logs of finished runs:
+
+    python -m bench.play --curves runs/play-1 runs/play-2
 """
 
 from __future__ import annotations
@@ -15,16 +18,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import SupportsFloat
+from typing import Any, SupportsFloat
 
+from bench.charts import line_chart
+from bench.readme import between
 from bench.results import RESULTS
 from millrace.models.games import FRAMES_PER_STEP
 from millrace.train.callbacks import Callback, RunView
 from millrace.zoo.run import configure, train
 
 KEPT = RESULTS / "play.json"
+PAGE = RESULTS.parent.parent / "docs" / "zoo" / "play.md"
 PEER = Path(__file__).parent / "peers" / "dqn_loop.py"
 GAMES = ("Pong", "Breakout", "SpaceInvaders")
 # What both do; the peer has it in its own constants.
@@ -72,8 +78,12 @@ def main() -> int:
     options.add_argument("--peer", default=sys.executable, help="a Python with stable-baselines3 and opencv")
     options.add_argument("--seconds", type=float, default=20.0, help="of every turn")
     options.add_argument("--turns", type=int, default=3)
+    options.add_argument("--curves", nargs="+", type=Path, metavar="RUN", help="draw these runs, and measure nothing")
     options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="settings of Millrace's")
     given = options.parse_args()
+    if given.curves:
+        PAGE.with_suffix(".svg").write_text(curves(given.curves), encoding="utf-8")
+        return 0
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     for game in given.games:
         rates: dict[str, list[float]] = {"own": [], "peer": []}
@@ -93,7 +103,34 @@ def main() -> int:
         print(json.dumps({"game": game, **figure}), flush=True)
         kept[game] = figure
     KEPT.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
+    PAGE.write_text(between(PAGE.read_text(encoding="utf-8"), table(kept)), encoding="utf-8")
     return 0
+
+
+def table(kept: Mapping[str, Mapping[str, Any]]) -> str:
+    """Every game's figures, as Markdown."""
+    rows = ["| game | Millrace, frames/s | plain loop, frames/s | ratio |", "| --- | ---: | ---: | ---: |"]
+    rows += [
+        f"| {game} | {f['frames_per_s']:.0f} | {f['plain_loop_frames_per_s']:.0f} | {f['ratio']:.2f} |"
+        for game, f in kept.items()
+    ]
+    one = next(iter(kept.values()))
+    note = f"Medians of {one['turns']} turns of {one['seconds']:g} s each, in turn, on {one['cores']} cores"
+    return "\n".join([*rows, "", f"{note} that other programs used, too (load {one['load']:g})."])
+
+
+def curves(runs: Sequence[Path]) -> str:
+    """The scores of training games and of evaluations while runs went on."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    games = set()
+    for run in runs:
+        settings = json.loads((run / "config.json").read_text())["settings"]
+        games.add(settings["game"])
+        logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for key, of in (("score", "training games"), ("validation/score", "evaluations")):
+            points = [(entry["step"] * settings["every"] / 1000, entry[key]) for entry in logged if key in entry]
+            lines[f"seed {settings['seed']}, {of}"] = points[:: max(1, len(points) // 200)]
+    return line_chart(", ".join(sorted(games)), "thousand steps played while learning", "score", lines, log=False)
 
 
 if __name__ == "__main__":

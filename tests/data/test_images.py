@@ -11,6 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from millrace.data import image_folder, read_image
+from millrace.data.images import write_png
 from millrace.errors import DataError
 
 
@@ -166,3 +167,15 @@ def test_unequal_sizes_name_two_images(two_labels: Path) -> None:
 def test_bad_sizes(two_labels: Path, size: dict[str, int]) -> None:
     with pytest.raises(DataError, match=r"only one was given|must be"):
         image_folder(two_labels, **size)
+
+
+def test_a_film_is_one_file_of_all_its_frames(tmp_path: Path) -> None:
+    film = torch.rand(5, 3, 6, 8, generator=torch.Generator().manual_seed(0))
+    write_png(film, tmp_path / "films" / "film.png", frame_s=0.1)
+    with Image.open(tmp_path / "films" / "film.png") as read:
+        assert read.n_frames == 5
+        for number, frame in enumerate(film):
+            read.seek(number)
+            assert read.info["duration"] == 100
+            pixels = torch.from_numpy(np.array(read.convert("RGB"))).permute(2, 0, 1) / 255
+            assert (pixels - frame).abs().max() < 0.003

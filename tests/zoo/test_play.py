@@ -217,3 +217,11 @@ def test_nothing_is_left_behind(tmp_path: Path, number: signal.Signals) -> None:
     if number == signal.SIGINT:
         state: dict[str, Any] = json.loads((tmp_path / "run" / "state.json").read_text())
         assert state["status"] == "interrupted"
+
+
+@pytest.mark.long
+def test_cartpole_is_solved() -> None:
+    """Averaged over 100 games that training never saw; CartPole-v1 counts as solved at 475."""
+    task = configure("play", ["compile=eager", "evaluate_every=100000", "checkpoint_every=100000"])
+    finished = train(task, run_dir=False, progress=False, device="cpu")
+    assert finished.test["score"] >= 475

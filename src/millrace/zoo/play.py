@@ -41,7 +41,7 @@ _BY_KIND: dict[str, tuple[float, float]] = {
     "delta": (100.0, 1.0),
     "games": (16, 8),
     "every": (8, 4),
-    "ahead": (8, 1),
+    "ahead": (16, 1),
     "matches": (100, 5),
     "careless": (0.0, 0.05),
 }
@@ -52,7 +52,7 @@ _LONGEST_FILM = 1000  # frames
 class PlaySettings(Settings):
     """Defaults that balance CartPole's pole for as long as is asked for."""
 
-    steps: int | None = setting(12_000, "of learning", low=1, on_resume=True)
+    steps: int | None = setting(10_000, "of learning", low=1, on_resume=True)
     batch_size: int = setting(128, "transitions per step", low=1)
     evaluate_every: int | None = setting(2_000, "steps between evaluations", low=1, on_resume=True)
     checkpoint_every: int | None = setting(2_000, "steps between checkpoints", low=1, on_resume=True)
@@ -87,7 +87,7 @@ class PlaySettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.steps is None:
-            raise SettingError("play needs to know its steps (--set steps=12000): games have no epochs.")
+            raise SettingError("play needs to know its steps (--set steps=10000): games have no epochs.")
         if self.prioritized and self.steps_per_call > 1:
             raise SettingError("prioritized=true needs steps_per_call=1: each step's errors decide what comes next.")
 
