@@ -126,7 +126,7 @@ def test_a_session_and_a_module_refuse_foreign_files(tmp_path: Path) -> None:
 # -- a full disk ------------------------------------------------------------------------------------------------------
 
 FULL_DISK = """
-import resource, signal, sys, torch, torch.nn.functional as F, millrace
+import resource, signal, sys, time, torch, torch.nn.functional as F, millrace
 from pathlib import Path
 from torch import nn
 
@@ -139,6 +139,9 @@ x, y = torch.randn(64, 200), torch.randint(100, (64,))
 class Fills(millrace.Callback):
     def on_step(self, run, step, values):
         if step == 10 and "full" in sys.argv:
+            deadline_s = time.monotonic() + 60  # what is written in the background has to be there first
+            while not Path(sys.argv[1], "checkpoints/step-00000008").exists() and time.monotonic() < deadline_s:
+                time.sleep(0.01)
             resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
 
 
