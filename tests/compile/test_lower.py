@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from tests.compile.steps import BATCH, fresh, step_graph
@@ -49,6 +50,23 @@ def test_random_programs_stay_the_same(program: Program) -> None:
     generator = torch.Generator().manual_seed(3)
     tensors = [torch.randn(4, 4, generator=generator, dtype=torch.float64) for _ in range(3)]
     assert agree(graph, tensors[:2], tensors[2:])
+
+
+@pytest.mark.parametrize("padding", [None, 2])
+@pytest.mark.parametrize("shape", [(300,), (4, 25), (0,)])
+def test_gradients_of_lookups_are_summed_in_order(padding: int | None, shape: tuple[int, ...]) -> None:
+    """Each row's are, as PyTorch does: to the bit. Where padding is left out, its own operator stays."""
+    torch.manual_seed(0)
+    table, index = nn.Embedding(7, 3, padding_idx=padding, dtype=torch.float64), torch.randint(7, shape)
+    scale = torch.randn(*shape, 3, dtype=torch.float64)
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return (model(batch[0]) * batch[1]).sum()
+
+    graph = training_graph(table, loss, torch.optim.SGD(table.parameters(), lr=0.1), (index, scale))
+    targets = {node.target for node in lowered(graph)[0].graph.nodes}
+    assert (torch.ops.aten.embedding_dense_backward.default in targets) == (padding is not None)
+    assert agree(graph, [table.weight.detach().clone(), *(v.clone() for v in fresh(graph)[1:])], [index, scale])
 
 
 def test_constants_follow_the_feeds_in_order() -> None:

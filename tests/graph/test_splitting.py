@@ -306,6 +306,17 @@ def test_labels_that_are_ignored_count_for_nothing(reduction: str) -> None:
     same_steps(graph, divided, batch)
 
 
+def test_classes_in_the_middle_train_alike() -> None:
+    """Scores [B, V, T], whose gradient has to be contiguous although blocks put together lie otherwise."""
+    model, batch = LanguageModel(False, 2), words()
+
+    def loss(m: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(m(batch[0]).transpose(1, 2), batch[1])
+
+    graph = training_graph(model, loss, torch.optim.SGD(model.parameters(), lr=0.1), batch)
+    same_steps(graph, split(graph, 2, min_width=6), batch)
+
+
 def test_only_wide_layers_are_split_and_one_part_changes_nothing() -> None:
     batch = rows()
     graph = step_of(nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 4)), batch)

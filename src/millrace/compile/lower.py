@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ def lowered(graph: Graph) -> tuple[GraphModule, list[Tensor]]:
             _power_as_exponential(module, node)
         elif node.target is aten.addmm.default:
             _bias_apart(module, node)
+        elif node.target is aten.embedding_dense_backward.default:
+            _rows_in_order(module, node)
         elif node.target in (aten.add.Tensor, aten.sub.Tensor) and "alpha" in node.kwargs:
             _factor_apart(module, node)
     constants = _constants_as_inputs(module)
@@ -100,6 +103,32 @@ def _bias_apart(module: GraphModule, node: Node) -> None:
         result = module.graph.call_function(aten.squeeze.dim, (total, 0))
     product.meta["val"] = result.meta["val"] = value
     node.replace_all_uses_with(result)
+    module.graph.erase_node(node)
+
+
+def _rows_in_order(module: GraphModule, node: Node) -> None:
+    """Write the gradient of a lookup as `scatter_reduce`, for which Inductor calls PyTorch's kernel on several threads.
+
+    That sorts the indices, so that each row is one thread's. What Inductor makes of the gradient itself adds every number
+    by an atomic operation: with two threads it takes longer than with one.
+    """
+    gradient, index, rows, padding, by_frequency = node.args
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or value.device.type != "cpu" or by_frequency or padding >= 0:  # type: ignore[operator]
+        return
+    assert isinstance(gradient, Node)
+    width, count = value.shape[1], gradient.meta["val"].numel() // value.shape[1]
+    with module.graph.inserting_before(node):
+
+        def call(target: Any, *args: Any, **settings: Any) -> Node:
+            return module.graph.call_function(target, args, settings)
+
+        flat = call(aten.reshape.default, gradient, [count, width])
+        places = call(aten.expand.default, call(aten.reshape.default, index, [count, 1]), [count, width])
+        zeros = call(aten.full.default, [rows, width], 0, dtype=value.dtype, device=value.device)
+        total = call(aten.scatter_reduce.two, zeros, 0, places, flat, "sum")
+    total.meta["val"] = value
+    node.replace_all_uses_with(total)
     module.graph.erase_node(node)
 
 

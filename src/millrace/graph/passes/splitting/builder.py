@@ -19,6 +19,9 @@ from millrace.graph.passes.splitting.layouts import PERMUTATIONS, RESHAPES, befo
 from millrace.graph.passes.splitting.values import Along, Layout, Several, Split, Value
 
 aten = torch.ops.aten
+# What refuses other strides than it was traced with, or gives other values. The gradient lies as the scores do, and has to
+# be contiguous.
+_READ_STRIDES = (aten.as_strided.default, aten.nll_loss2d_backward.default)
 TRAVELS_NEVER = 1e30  # the cost of joining a weight: above every other
 
 
@@ -107,7 +110,7 @@ class Builder:
     def layout_of(self, new: Node, old: Node) -> Node:
         """`new`, copied where an operator reads strides and they are no longer those of `old`."""
         a, b = new.meta.get("val"), old.meta.get("val")
-        reads_strides = any(user.target is aten.as_strided.default for user in old.users)
+        reads_strides = any(user.target in _READ_STRIDES for user in old.users)
         if not reads_strides or not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.stride() == b.stride():
             return new
         settings = {"dtype": b.dtype, "device": b.device}
