@@ -109,8 +109,8 @@ def _bias_apart(module: GraphModule, node: Node) -> None:
 def _rows_in_order(module: GraphModule, node: Node) -> None:
     """Write the gradient of a lookup as `scatter_reduce`, for which Inductor calls PyTorch's kernel on several threads.
 
-    That sorts the indices, so that each row is one thread's. Of the gradient itself Inductor makes an atomic sum for every
-    number: two threads take longer than one.
+    That sorts the indices, so that each row is one thread's. Of the gradient itself Inductor makes an atomic sum for
+    every number: two threads take longer than one.
     """
     gradient, index, rows, padding, by_frequency = node.args
     value = node.meta.get("val")

@@ -19,8 +19,8 @@ from millrace.graph.passes.splitting.layouts import PERMUTATIONS, RESHAPES, befo
 from millrace.graph.passes.splitting.values import Along, Layout, Several, Split, Value
 
 aten = torch.ops.aten
-# What refuses other strides than it was traced with, or gives other values. (The gradient of the loss lies as the scores
-# do, and has to be contiguous.)
+# What refuses other strides than it was traced with, or gives other values. (The gradient of that loss lies as the
+# scores do, and has to be contiguous.)
 _READ_STRIDES = (aten.as_strided.default, aten.nll_loss2d_backward.default)
 TRAVELS_NEVER = 1e30  # the cost of joining a weight: above every other
 
