@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from tests.graph.step_models import step_graph
-from tests.replicas.real_session import pid_of, session_over, train, values_of
+from tests.graph.step_models import batch_of, step_graph
+from tests.replicas.real_session import EXAMPLES, pid_of, session_over, train, values_of
 from tests.replicas.test_row_session import graph_of, trained
+from tests.replicas.test_server_session import until
+from torch import Tensor
 
 import millrace
+from millrace.graph.graph import TRAIN
 from millrace.place.cluster import CLASSES, Cluster, Device, Link
 from millrace.place.hints import Hints
 from millrace.replicas.divided import Devices
@@ -66,6 +71,43 @@ def test_tables_travel_whole_to_replicas_of_two_devices() -> None:
         assert len(notes) == 3
         assert all("a replica that is divided over devices is given all variables" in line for line in notes)
         assert trained(session, range(4)) == pytest.approx(trained(whole, range(4)), rel=1e-9)
+
+
+@pytest.mark.long
+def test_asynchronous_replicas_go_on_while_one_that_lost_a_device_is_replaced() -> None:
+    graph = step_graph("mlp", "adamw")
+    batches = itertools.cycle(batch_of("numbers", EXAMPLES, seed) for seed in range(5))
+    settings = {"devices": Devices(CLUSTER, APART), "patience_s": 20.0}  # where others are busy, too
+    with session_over(graph, Async(copies=False), 2, spares=1, **settings) as session:
+        until(session, lambda: session.complete)
+        before = session.workers
+        losses: list[float] = []
+        alone = after = 0  # steps while one was missing, and since all were there again
+        began_s = time.monotonic()
+
+        def given() -> Iterator[tuple[Tensor, Tensor]]:
+            while after < 5:
+                assert time.monotonic() < began_s + 150, list(session.stories)[-10:]
+                yield next(batches)
+
+        for (_, loss), _ in session.stream([TRAIN, "loss"], given()):
+            losses.append(float(loss))
+            if len(losses) == 20:
+                killed_device(pid_of(session, before[0]))
+                began_s = time.monotonic()
+            elif len(losses) > 20:
+                after += before[0] not in session.members and session.complete
+                alone += not after
+        took_s = time.monotonic() - began_s
+        print(f"{alone} steps until it was replaced after {took_s:.2f} s; {session.repeats} repeated")
+        assert alone > 5
+        assert len(session.workers) == 2
+        assert before[0] not in session.workers
+        for new in set(session.workers) - set(before):
+            assert len(children_of(pid_of(session, new))) == 2
+            assert session._given[new]  # it has worked, and what it worked at is done
+        assert len(losses) <= session.staleness.total() <= len(losses) + session.repeats
+        assert sum(losses[-20:]) < sum(losses[:20])
 
 
 def killed_device(pid: int) -> None:
