@@ -57,7 +57,7 @@ class HybridSession(ServerSession):
         self._rendezvous = Rendezvous(self._rendezvous.host)
         super().begin_again()
 
-    def resize(self, replicas: int) -> None:
+    def _resize(self, replicas: int) -> None:
         """From now on have so many groups, each as large as they are. More are started and fetch the variables from the
         servers, or the last ones end when they have pushed what they are at."""
         self._sizes = replace(self._sizes, workers=replicas)

@@ -20,6 +20,7 @@ from millrace.errors import (
     FetchError,
     MillraceError,
     OutOfMemoryError,
+    SettingError,
     StepError,
     VariablesLostError,
     WorkerError,
@@ -136,6 +137,22 @@ class MembersSession(RemoteSession):
     def _start(self) -> None:
         """Have a new state machine begin with the first members."""
 
+    def resize(self, replicas: int) -> None:
+        """From now on have so many replicas, as the session counts them. Call it between two steps, or in a stream.
+
+        Those who come take the variables from others; those who are too many end. Nothing that was begun is lost.
+
+        Raises: SettingError when it is no number of replicas; WorkerError when the session is closed, or has failed.
+        """
+        if not isinstance(replicas, int) or isinstance(replicas, bool) or replicas < 1:
+            raise SettingError(f"resize({replicas!r}): expected a whole number of at least 1")
+        self._check_open()
+        self._resize(replicas)
+
+    @abc.abstractmethod
+    def _resize(self, replicas: int) -> None:
+        """Have the state machine aim at so many."""
+
     def kill(self, member: str) -> None:
         """End one of the processes by SIGKILL, as a fault would."""
         self._hub.kill(member, "it was killed on purpose")
@@ -218,10 +235,7 @@ class MembersSession(RemoteSession):
 
         Returns: whether something did. Raises: WorkerError when the session has failed, now or before.
         """
-        if self._failure:
-            raise WorkerError(f"this session has failed before: {self._failure}")
-        if self.closed:
-            raise WorkerError("this session is closed: make another one.")
+        self._check_open()
         event = self._hub.next(within_s)
         match event:
             case hub_events.Joined(member, host=host):
@@ -241,6 +255,12 @@ class MembersSession(RemoteSession):
                     self._keep(member, message)
                     self._decide(Said(member, message.kind, message.fields))
         return event is not None
+
+    def _check_open(self) -> None:
+        if self._failure:
+            raise WorkerError(f"this session has failed before: {self._failure}")
+        if self.closed:
+            raise WorkerError("this session is closed: make another one.")
 
     @property
     def _holders(self) -> int:

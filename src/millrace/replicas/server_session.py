@@ -158,7 +158,7 @@ class ServerSession(MembersSession):
         """How many batches or slices were given out again, as their worker was lost."""
         return self._pool.repeats
 
-    def resize(self, replicas: int) -> None:
+    def _resize(self, replicas: int) -> None:
         """From now on have so many workers (sync: and slices, from the next step on). More are started and fetch the
         variables from the servers, or the last ones end when they have pushed what they are at."""
         backup = self._update.backup if isinstance(self._update, Sync) else 0

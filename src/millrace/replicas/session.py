@@ -129,7 +129,7 @@ class ReplicatedSession(MembersSession):
         values = self._take_step(feeds)
         return [values.get(name) for name in fetches]
 
-    def resize(self, replicas: int) -> None:
+    def _resize(self, replicas: int) -> None:
         """From the next step on, divide batches over so many workers. More are started, or the last ones ended."""
         self.replicas = replicas
         self._decide(Resized(replicas))

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self
 
 from millrace.errors import SettingError, did_you_mean
 
 WIRE = "bfloat16"  # what gradients can be narrowed to
 
 
+class _Named:
+    """Refuses a setting that there is not, and says which there are: people write these by hand."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __new__(cls, *_: Any, **given: Any) -> Self:
+        known = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise SettingError(f"{cls.__name__} has no setting {name!r}. {did_you_mean(name, known)}")
+        return super().__new__(cls)
+
+
 @dataclass(frozen=True)
-class Sync:
+class Sync(_Named):
     """All replicas work at slices of one batch, and their gradients are put together before the update.
 
     parameter_servers: how many processes hold the variables; 0: every replica holds them all, and gradients are summed
@@ -29,7 +43,7 @@ class Sync:
     overlap: bool | None = None
 
     def __post_init__(self) -> None:
-        _check_counts(self, least=0)
+        _check_fields(self, least=0)
         if self.backup and not self.parameter_servers:
             raise SettingError(
                 f"backup={self.backup} needs parameter servers, which can go on without the last gradients; a "
@@ -42,7 +56,7 @@ class Sync:
 
 
 @dataclass(frozen=True)
-class Async:
+class Async(_Named):
     """Every replica fetches the variables, works at a batch of its own and pushes its gradients, without waiting.
 
     fetch_every, push_every: in steps of the replica; gradients are added up between two pushes.
@@ -65,11 +79,11 @@ class Async:
     copies: bool = True
 
     def __post_init__(self) -> None:
-        _check_counts(self, least=1)
+        _check_fields(self, least=1)
 
 
 @dataclass(frozen=True)
-class Hybrid:
+class Hybrid(_Named):
     """Groups of replicas: inside a group they work at slices of one batch and add up their gradients by collectives;
     each group pushes its gradients without waiting for the others.
 
@@ -87,11 +101,11 @@ class Hybrid:
     copies: bool = True
 
     def __post_init__(self) -> None:
-        _check_counts(self, least=1)
+        _check_fields(self, least=1)
 
 
 @dataclass(frozen=True)
-class LocalSteps:
+class LocalSteps(_Named):
     """Every replica trains by itself for some steps; the mean of what they changed is then a step of an outer rule.
 
     every: how many steps. learning_rate, momentum: of the outer rule, Nesterov's; 1.0 and 0.0 average the variables.
@@ -181,10 +195,12 @@ def processes(update: str | Update, replicas: int, spares: int) -> int:
     return workers + rule.parameter_servers * (2 if rule.copies else 1) + spares
 
 
-def _check_counts(settings: Sync | Async | Hybrid, least: int) -> None:
-    for name, value in vars(settings).items():
-        if isinstance(value, bool) or value is None:
+def _check_fields(settings: Sync | Async | Hybrid, least: int) -> None:
+    """Switches are True or False, counts whole numbers; None is for what is None by default."""
+    for field in fields(settings):
+        value, switch = getattr(settings, field.name), "bool" in str(field.type)
+        if value is None and field.default is None:
             continue
-        if not isinstance(value, int) or value < least:
-            kind = type(settings).__name__
-            raise SettingError(f"{kind}({name}={value!r}): expected a whole number of at least {least}")
+        if not (isinstance(value, bool) if switch else type(value) is int and value >= least):
+            expected = "True or False" if switch else f"a whole number of at least {least}"
+            raise SettingError(f"{type(settings).__name__}({field.name}={value!r}): expected {expected}")
