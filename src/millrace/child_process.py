@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import IO, Protocol
 
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
@@ -64,6 +66,17 @@ def end_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it was gone before that
         sys.exit(1)
+
+
+def give_way(niceness: int) -> None:
+    """Leave the cores to others where these want them; so do the children of this process.
+
+    Linux may share the cores between sessions first (sched_autogroup), and then the niceness of a process counts only
+    within its own. A child is a session of its own, so it says the same of that.
+    """
+    os.nice(niceness)
+    with contextlib.suppress(OSError):  # there are no such groups
+        Path("/proc/self/autogroup").write_text(str(os.nice(0)))
 
 
 def show_as(name: str) -> None:

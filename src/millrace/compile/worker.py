@@ -7,13 +7,12 @@ registered.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 import torch
 
-from millrace.child_process import end_with
+from millrace.child_process import end_with, give_way
 from millrace.compile.inductor import compile_inductor, is_cached
 from millrace.errors import CompileError, GraphError
 from millrace.graph.save import load_graph
@@ -24,7 +23,7 @@ UNKNOWN_OPERATOR = 3
 def main(arguments: list[str]) -> int:
     graph_file, threads, parent = arguments
     end_with(int(parent))
-    os.nice(10)  # training goes on meanwhile
+    give_way(10)  # training goes on meanwhile
     torch.set_num_threads(int(threads))
     try:
         graph = load_graph(Path(graph_file))
