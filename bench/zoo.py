@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("tasks", nargs="*", metavar="TASK", help="of `millrace tasks` (default: all)")
     options.add_argument("--train-only", action="store_true", help="leave the race against the eager loop out")
     options.add_argument("--race-only", action="store_true", help="leave the training out")
+    options.add_argument("--runs", type=Path, default=None, metavar="DIR", help="keep the trained runs there, by task")
     options.add_argument("--no-save", action="store_true", help="only look")
     given = options.parse_args(arguments)
     kept: dict[str, dict[str, Any]] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in given.tasks or summaries():
         figure = dict(kept.get(name, {}))
         if not given.race_only:
-            figure |= trained(name)
+            figure |= trained(name, given.runs)
         if not given.train_only:
             figure |= race(name)
         print(json.dumps({"task": name, **figure}), flush=True)
@@ -63,11 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(missed)
 
 
-def trained(name: str) -> dict[str, Any]:
-    """Train a task with its defaults, as a user does."""
+def trained(name: str, runs: Path | None) -> dict[str, Any]:
+    """Train a task with its defaults, as a user does. runs: where its run is kept, under its name."""
     kind = load(name)
     with tempfile.TemporaryDirectory(prefix="millrace-bench-") as directory:
-        command = [sys.executable, "-m", "millrace", "train", name, "--json", "--run-dir", f"{directory}/run"]
+        run = str((runs or Path(directory)).resolve() / name)
+        command = [sys.executable, "-m", "millrace", "train", name, "--json", "--run-dir", run]
         said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=directory)
     result = json.loads(said.stdout.splitlines()[-1])
     value = float(result[f"test_{kind.metric}"])
