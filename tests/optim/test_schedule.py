@@ -25,6 +25,7 @@ from millrace.optim import (
     step_decay,
     warmup,
 )
+from millrace.optim.schedule import warmup_cosine
 
 ALL: dict[str, Schedule] = {
     "constant": constant(0.1),
@@ -150,3 +151,23 @@ def test_bad_arguments_are_named(make: Callable[[], object], words: list[str]) -
     with pytest.raises(SettingError) as caught:
         make()
     assert all(word in str(caught.value) for word in words)
+
+
+@settings(deadline=None, max_examples=30)
+@given(lrs, counts, counts, st.floats(0, 1))
+def test_warmup_and_cosine_in_one_climb_to_the_peak_and_end_with_the_run(
+    peak: float, rise: int, fall: int, share: float
+) -> None:
+    found = rates(warmup_cosine(peak, rise + fall, rise, end=share * peak), rise + fall + 1)
+    assert max(found) == pytest.approx(peak)
+    assert found[rise] == pytest.approx(peak)
+    assert found[:rise] == sorted(found[:rise])
+    assert found[rise:] == sorted(found[rise:], reverse=True)
+    assert found[-1] == pytest.approx(share * peak)
+
+
+@settings(deadline=None, max_examples=30)
+@given(lrs, counts)
+def test_a_run_of_one_step_has_a_schedule_too(peak: float, steps: int) -> None:
+    assert all(0 < rate <= peak for rate in rates(warmup_cosine(peak, 1, 0), 1))
+    assert rates(warmup_cosine(peak, steps, 0), steps) == rates(warmup_cosine(peak, steps, 1), steps)

@@ -14,10 +14,11 @@ from tests.small import differing
 
 from millrace.data.streams import stream_batches
 from millrace.errors import DataError, SettingError
+from millrace.models.byte_lstm import ByteLstm, log2_probabilities
 from millrace.replicas.settings import Async
 from millrace.runtime.checkpoint import Checkpoints
 from millrace.train.callbacks import Callback, RunView
-from millrace.zoo.lm import ByteLstm, Lm, LmSettings, log2_probabilities
+from millrace.zoo.lm import Lm, LmSettings
 from millrace.zoo.run import Division, Finished, configure, configure_again, find_run, open_run, train
 
 TINY = ["length=16", "width=24", "embedding=8", "rows=512", "batch_size=8", "sample=40", "compile=eager", "ngrams=2,3"]
@@ -77,6 +78,12 @@ def carried(model: torch.nn.Module) -> torch.Tensor:
     return model.carried.read(torch.arange(streams), torch.zeros(streams, dtype=torch.bool))
 
 
+def lstm_of(task: Lm) -> ByteLstm:
+    model = task.model({})
+    assert isinstance(model, ByteLstm)
+    return model
+
+
 def test_it_learns_a_text_of_ones_own_better_than_counting(finished: Finished, rhyme: Path) -> None:
     bits = finished.test["bits_per_byte"]
     assert bits < 0.9
@@ -109,7 +116,7 @@ def test_a_text_is_gone_on_with(finished: Finished, tmp_path: Path) -> None:
 def test_training_goes_on_with_the_state_of_the_window_before() -> None:
     task = Lm(LmSettings(width=12, embedding=4, rows=64, batch_size=3, length=8))
     torch.manual_seed(0)
-    model = ByteLstm(task.settings).double().train()
+    model = lstm_of(task).double().train()
     batches = stream_batches(torch.randint(256, (3 * 33,), dtype=torch.uint8), 3, 8, model.before)
     losses = [float(task.loss(model, batch)[0].detach()) for batch in batches.one_pass()]
     assert len(losses) == 4
@@ -122,7 +129,7 @@ def test_training_goes_on_with_the_state_of_the_window_before() -> None:
 
 def test_evaluation_leaves_the_state_alone() -> None:
     task = Lm(LmSettings(width=12, embedding=4, rows=64, batch_size=3, length=8))
-    model = ByteLstm(task.settings).eval()
+    model = lstm_of(task).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     task.loss(model, next(stream_batches(torch.randint(256, (99,)), 2, 8, model.before).one_pass()))
     assert differing(before, dict(model.state_dict())) == []

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from millrace.data.text import python_text
+from millrace.data.text_files import read_text
 from millrace.errors import DataError
 
 _NOT_PROSE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__", "pydoc_data"}
@@ -129,11 +130,7 @@ def _read_files(files: list[Path], asked: Path) -> Iterator[str]:
             f"The directory {asked} holds no text: *.txt and *.md are looked for. Give another, or one file."
         )
     for file in files:
-        try:
-            yield file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise DataError(f"The text file {file} cannot be read: {reason}. Give files of plain text.") from error
+        yield read_text(file, "Give files of plain text.")
 
 
 def _hub_texts(name: str) -> Iterable[str]:

@@ -12,12 +12,14 @@ from typing import Any
 
 from millrace.data.catalogues import Pair, find_catalogues, read_catalogue
 from millrace.data.placeholders import masked, masked_like
+from millrace.data.text_files import read_text
 from millrace.errors import DataError
 
 _PAIRS_AS = (
     "a .mo or .po file, a directory of them, a .tsv file of lines with source, tab, translation, or a Hugging Face "
     "data set with a column 'translation'"
 )
+_SENTENCES = "Give plain text, a sentence a line."
 
 
 def read_pairs(data: str, language: str) -> list[Pair]:
@@ -68,7 +70,7 @@ def _of_catalogues(files: Sequence[Path], *, damaged_too: bool) -> Iterator[Pair
 
 
 def _of_lines(file: Path) -> Iterator[Pair]:
-    for number, line in enumerate(_text(file).splitlines(), start=1):
+    for number, line in enumerate(read_text(file, _SENTENCES).splitlines(), start=1):
         parts = line.split("\t")
         if len(parts) != 2:
             raise DataError(
@@ -117,20 +119,10 @@ def read_sentences(file: Path) -> list[str]:
     Raises:
         DataError: the file is missing, no text, or empty.
     """
-    lines = [" ".join(line.split()) for line in _text(file).splitlines()]
+    lines = [" ".join(line.split()) for line in read_text(file, _SENTENCES).splitlines()]
     if not any(lines):
         raise DataError(f"The text file {file} is empty: give a sentence a line.")
     return [line for line in lines if line]
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError(
-            f"The text file {file} cannot be read: {reason}. Give plain text, a sentence a line."
-        ) from error
 
 
 def split_by_message(

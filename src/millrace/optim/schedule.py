@@ -205,3 +205,16 @@ class Warmup:
         first = 1.0 / (self.steps + 1) if self.from_factor is None else self.from_factor
         factor = (step * ((1.0 - first) / self.steps) + first).clamp(max=1.0)
         return then((step - self.steps).clamp(min=0)) * factor
+
+
+def warmup_cosine(peak: float, steps: int, warmup: int, end: float = 0.0) -> Warmup:
+    """Rises in a straight line to `peak`, then falls along half a cosine wave: for a run whose length is known.
+
+    Args:
+        peak: the highest rate.
+        steps: of the whole run, the rise among them; with the last one the rate is `end`.
+        warmup: steps of the rise; less than one is taken as one.
+        end: the last rate.
+    """
+    warmup = max(1, warmup)
+    return Warmup(warmup, Cosine(peak, steps=max(1, steps - warmup), end=end))

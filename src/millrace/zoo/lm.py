@@ -1,8 +1,7 @@
 """Predict English byte by byte: an LSTM whose state goes on from window to window, against compressors and a 5-gram.
 
-Shape suffixes: B streams, L bytes of a window, K bytes before it, D numbers of state, V byte values.
-Sources: Mikolov et al., "Recurrent neural network based language model", 2010, and "Strategies for training large scale
-neural network language models", 2011 (n-grams that lead to the output directly).
+Source: Mikolov et al., "Recurrent neural network based language model", 2010.
+Shape suffixes: B streams, L bytes of a window, V byte values.
 """
 
 from __future__ import annotations
@@ -12,30 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from millrace.data.batches import Batches
 from millrace.data.blocks import blocks
-from millrace.data.compression import COMPRESSORS, bits_per_byte
 from millrace.data.corpus import corpus
 from millrace.data.streams import StreamBatches, stream_batches
 from millrace.errors import DataError, SettingError
-from millrace.models.carried import CarriedState
-from millrace.models.ngram import KneserNey
-from millrace.models.ngram_embedding import NgramEmbedding
+from millrace.models.byte_lstm import ByteLstm, log2_probabilities
 from millrace.models.sampling import Sampling
+from millrace.models.text_baselines import Said, baselines
 from millrace.optim.constructors import adamw
 from millrace.optim.optimizer import Optimizer
-from millrace.optim.schedule import Cosine, Warmup
+from millrace.optim.schedule import warmup_cosine
 from millrace.zoo.base import Facts, Prediction, Task, TaskData
 from millrace.zoo.settings import Settings, setting
 
-BYTES = 256
 _EVALUATED = (8, 256)  # streams and bytes of a window, of what is held out
-_SHARES = [part / 20 for part in range(21)]  # of the model beside the 5-gram
 _VALIDATED_LENGTH = 2048  # bytes of a window that begins without state, so that its beginning counts for little
 
 
@@ -101,7 +95,16 @@ class Lm(Task[LmSettings]):
 
     def model(self, facts: Facts) -> nn.Module:
         """As wide and deep as the settings say."""
-        return ByteLstm(self.settings)
+        s = self.settings
+        return ByteLstm(
+            s.batch_size,
+            width=s.width,
+            layers=s.layers,
+            embedding=s.embedding,
+            orders=s.orders,
+            rows=s.rows,
+            dropout=s.dropout,
+        )
 
     def loss(self, model: ByteLstm, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of the next byte. In evaluation every window begins without state."""
@@ -112,8 +115,8 @@ class Lm(Task[LmSettings]):
 
     def optimizer(self, model: nn.Module, steps: int) -> Optimizer:
         """Adam on clipped gradients; the rate climbs shortly and falls along a cosine."""
-        top, climb = self.settings.learning_rate, max(1, steps // 20)
-        rate = Warmup(climb, Cosine(top, steps=max(1, steps - climb), end=top / 50))
+        top = self.settings.learning_rate
+        rate = warmup_cosine(top, steps, warmup=steps // 20, end=top / 50)
         return adamw(rate, betas=(0.9, 0.99), weight_decay=0.0, clip_norm=1.0)
 
     def evaluate(self, model: nn.Module, batches: Batches) -> dict[str, float]:
@@ -134,23 +137,13 @@ class Lm(Task[LmSettings]):
         self, model: ByteLstm, train: StreamBatches, validation: StreamBatches, test: StreamBatches
     ) -> dict[str, float]:
         """Bits per byte of the test text, by who says how likely it is."""
-        grams = KneserNey(train.tokens.numpy(), order=5, vocabulary=BYTES)
-        (learned, counted), held_out = (
-            (log2_probabilities(model, part), _counted(grams, part)) for part in (test, validation)
-        )
-        share = min(_SHARES, key=lambda share: _mixed(*held_out, share))
+        said, known = (Said(part, log2_probabilities(model, part)) for part in (test, validation))
         forgotten = log2_probabilities(model, _cut(test, self.settings.length), carry=False)
-        found = {
-            "this model": float(-learned.mean()),
+        return {
+            "this model": float(-said.log2.mean()),
             f"with its state forgotten every {self.settings.length} bytes": float(-forgotten.mean()),
-            "5-gram, interpolated Kneser-Ney": float(-counted.mean()),
-            f"{share:.0%} of this model and {1 - share:.0%} of the 5-gram": _mixed(learned, counted, share),
+            **baselines(train, known, said),
         }
-        content, after = (part.tokens.numpy().astype(np.uint8).tobytes() for part in (test, train))
-        for name, compress in COMPRESSORS.items():
-            found[f"{name}, which read the training text before"] = bits_per_byte(compress, content, after)
-            found[f"{name}, of the test text alone"] = bits_per_byte(compress, content)
-        return found
 
     def predict(self, model: nn.Module, file: Path, facts: Facts) -> Prediction:
         """How the text in a file might go on."""
@@ -169,79 +162,6 @@ class Lm(Task[LmSettings]):
         return bytes(model.written(content or b"\n", s.sample, sampling, generator)).decode("utf-8", errors="replace")
 
 
-class ByteLstm(nn.Module):
-    """Bytes and the sequences that end with them, through an LSTM, and past it, to what comes next."""
-
-    def __init__(self, s: LmSettings) -> None:
-        super().__init__()
-        self.byte = nn.Embedding(BYTES, s.embedding)
-        nn.init.normal_(self.byte.weight, std=0.1)
-        self.ngrams = NgramEmbedding(s.orders, s.rows, s.embedding) if s.orders else None
-        features = s.embedding * (1 + len(s.orders))
-        self.dropout = nn.Dropout(s.dropout)
-        self.lstm = nn.LSTM(features, s.width, s.layers, batch_first=True)
-        self.readout = nn.Linear(s.width, BYTES)
-        self.past = nn.Linear(features, BYTES, bias=False)
-        self.carried = CarriedState(s.batch_size, 2 * s.layers * s.width)
-
-    @property
-    def before(self) -> int:
-        """K: how many bytes before a window it looks at."""
-        return self.ngrams.before if self.ngrams else 0
-
-    def forward(self, inputs_BKL: Tensor, streams: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Logits [B, L, V] of the byte after each but the first K. `streams`: the numbers of those that the rows go on
-        with, and whether they begin [B]; without, nothing is carried."""
-        if streams is None:
-            return self.after(inputs_BKL)[0]
-        logits_BLV, state_BD = self.after(inputs_BKL, self.carried.read(*streams))
-        self.carried.write(streams[0], state_BD)
-        return logits_BLV
-
-    def after(self, inputs_BKL: Tensor, state_BD: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Logits, and the state after the last byte; with a state of None it begins anew."""
-        x_BLE = self.byte(inputs_BKL[:, self.before :])
-        if self.ngrams is not None:
-            x_BLE = torch.cat([x_BLE, self.ngrams(inputs_BKL)], dim=-1)
-        x_BLE = self.dropout(x_BLE)
-        y_BLH, state_BD = self._recurrent(x_BLE, state_BD)
-        return self.readout(self.dropout(y_BLH)) + self.past(x_BLE), state_BD
-
-    def _recurrent(self, x_BLE: Tensor, state_BD: Tensor | None) -> tuple[Tensor, Tensor]:
-        batch, layers, width = len(x_BLE), self.lstm.num_layers, self.lstm.hidden_size
-        if state_BD is None:
-            state_BD = x_BLE.new_zeros(batch, 2 * layers * width)
-        h_NBH, c_NBH = state_BD.to(x_BLE.dtype).view(batch, 2, layers, width).permute(1, 2, 0, 3).contiguous()
-        y_BLH, (h_NBH, c_NBH) = self.lstm(x_BLE, (h_NBH, c_NBH))
-        return y_BLH, torch.stack([h_NBH, c_NBH]).permute(2, 0, 1, 3).reshape(batch, -1)
-
-    @torch.no_grad()
-    def written(self, content: bytes, count: int, sampling: Sampling, generator: torch.Generator) -> list[int]:
-        """Bytes that it draws one after the other, after some that are given."""
-        device = self.byte.weight.device
-        text = [0] * self.before + list(content)
-        begin, state_BD = 0, None
-        for _ in range(count):
-            logits_BLV, state_BD = self.after(torch.tensor([text[begin:]], device=device), state_BD)
-            begin = len(text) - self.before
-            text.append(int(sampling.draw(logits_BLV[:, -1].float().cpu(), generator)))
-        return text[-count:]
-
-
-@torch.no_grad()
-def log2_probabilities(model: ByteLstm, batches: Batches, *, carry: bool = True) -> Tensor:
-    """Of every target of a pass, [streams, bytes]. carry: begin a window with the state at the last one's end."""
-    device = model.byte.weight.device
-    state_BD: Tensor | None = None
-    found = []
-    for batch in batches.one_pass():
-        begins = not carry or bool(batch["fresh"].all())
-        logits_BLV, state_BD = model.after(batch["inputs"].to(device), None if begins else state_BD)
-        log_BLV = logits_BLV.float().log_softmax(-1) / math.log(2)
-        found.append(log_BLV.gather(-1, batch["targets"].to(device)[..., None])[..., 0].cpu().double())
-    return torch.cat(found, dim=1)
-
-
 def _held_out(tokens: Tensor, streams: int, length: int, before: int) -> StreamBatches:
     """Windows of a text that is not trained on: shorter ones if it is short, so that most of it is read."""
     length = max(1, min(length, len(tokens) // streams - 1))
@@ -250,16 +170,6 @@ def _held_out(tokens: Tensor, streams: int, length: int, before: int) -> StreamB
 
 def _cut(batches: StreamBatches, length: int) -> StreamBatches:
     return stream_batches(batches.tokens, batches.streams, length, batches.before)
-
-
-def _counted(model: KneserNey, batches: StreamBatches) -> Tensor:
-    """What counting says of the same targets as `log2_probabilities`."""
-    return batches.of_targets(torch.from_numpy(model.probabilities(batches.tokens.numpy()))).log2()
-
-
-def _mixed(learned: Tensor, counted: Tensor, share: float) -> float:
-    """Bits per byte of what two models say together, one with this share, the other with the rest."""
-    return float(-(share * learned.exp2() + (1 - share) * counted.exp2()).log2().mean())
 
 
 def _indented(text: str) -> str:
