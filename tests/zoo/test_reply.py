@@ -1,4 +1,4 @@
-"""Reply: three different offers out of the allowed, a trigger before them, and the same run however it is divided."""
+"""Reply: it learns which messages deserve a reply and which, and is the same run however it is divided."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 from tests.small import differing
 
 from millrace.errors import DataError
+from millrace.models.reply_model import ReplyModel
 from millrace.replicas.settings import Async
 from millrace.runtime.checkpoint import Checkpoints
 from millrace.train.callbacks import Callback, RunView
-from millrace.zoo.reply import Reply, ReplyModel, ReplySettings, Trigger
+from millrace.zoo.reply import Reply, ReplySettings
 from millrace.zoo.run import Division, Finished, Opened, configure, configure_again, find_run, open_run, train
 
 TINY = ["width=16", "pieces=320", "longest=40", "longest_reply=16", "beam=4", "compile=eager", "batch_size=16"]
@@ -93,18 +94,6 @@ def test_the_report_tells_what_the_trigger_saves(finished: Finished) -> None:
     assert "(no short reply is due)" in finished.report
 
 
-def test_offers_are_allowed_and_mean_different_things(opened: Opened) -> None:
-    task = opened.task
-    assert isinstance(task, Reply)
-    replies = opened.facts["replies"]
-    assert isinstance(replies, dict)
-    found = task.offers(opened.model, torch.randint(1, 320, (20, 40), generator=torch.Generator().manual_seed(0)))
-    for offers in found:
-        assert len(offers) == 3
-        assert all(replies[offer.reply] == offer.cluster for offer in offers)
-        assert len({offer.cluster for offer in offers}) == 3
-
-
 def test_a_message_gets_three_replies_or_none(opened: Opened, tmp_path: Path) -> None:
     message = tmp_path / "message.txt"
     message.write_text("Do you want lunch\non day 17?\n")
@@ -119,19 +108,10 @@ def test_a_message_gets_three_replies_or_none(opened: Opened, tmp_path: Path) ->
             opened.task.predict(opened.model, message, opened.facts)
 
 
-def test_the_trigger_does_not_see_padding() -> None:
-    torch.manual_seed(0)
-    trigger = Trigger(vocabulary=50, width=8, dropout=0.0)
-    message = torch.randint(3, 50, (4, 6))
-    padded = torch.nn.functional.pad(message, (0, 5))
-    assert torch.allclose(trigger(message), trigger(padded), atol=1e-6)
-    assert trigger(torch.zeros(1, 6, dtype=torch.int64)).isfinite().all()
-
-
 def test_a_message_without_a_reply_teaches_the_writer_nothing() -> None:
     task = Reply(ReplySettings(width=8, dropout=0.0))
     torch.manual_seed(0)
-    model = ReplyModel(50, task.settings)
+    model = ReplyModel(50, width=8, layers=2, dropout=0.0)
     batch = {"message": torch.randint(3, 50, (2, 6)), "reply": torch.zeros(2, 4, dtype=torch.int64)}
     task.loss(model, batch | {"answered": torch.zeros(2)})[0].backward()
     assert all(p.grad is None or p.grad.eq(0).all() for p in model.writer.parameters())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from millrace.data.batches import Batch, EpochBatches, Json
+from millrace.data.padding import padded
 from millrace.data.randomness import generator_from
 from millrace.errors import DataError
 
@@ -45,7 +46,7 @@ class PairBatches(EpochBatches):
         for source, target in pairs:
             members[_bucket(len(source), len(target), buckets)].append((source, target))
         self._buckets = [
-            (_padded([s for s, _ in inside], shape[0]), _padded([t for _, t in inside], shape[1]))
+            (padded([s for s, _ in inside], shape[0]), padded([t for _, t in inside], shape[1]))
             for inside, shape in zip(members, buckets, strict=True)
             if inside
         ]
@@ -102,10 +103,3 @@ def _bucket(source: int, target: int, buckets: Sequence[tuple[int, int]]) -> int
         f"A pair of {source} source tokens and {target} target tokens fits none of the buckets {list(buckets)}. Leave "
         "such pairs out, or add a longer bucket."
     )
-
-
-def _padded(rows: Sequence[Sequence[int]], length: int) -> Tensor:
-    found = torch.zeros(len(rows), length, dtype=torch.int64)
-    for number, row in enumerate(rows):
-        found[number, : len(row)] = torch.tensor(row, dtype=torch.int64)
-    return found
