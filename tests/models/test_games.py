@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -35,6 +37,11 @@ def test_a_game_that_is_cut_short_has_no_end() -> None:
     games.close()
     assert not any(step.ends[0] for step in seen)
     assert [number for number, step in enumerate(seen) if step.fresh[0]] == [200]
+
+
+@pytest.mark.parametrize("kind", [Kind((4,), "float32", 1, 2), Kind((84, 84), "uint8", 4, 6)])
+def test_a_kind_survives_json(kind: Kind) -> None:
+    assert Kind.from_json(json.loads(json.dumps(kind.to_json()))) == kind
 
 
 def test_what_happens_follows_from_the_seed() -> None:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import abc
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from millrace.data.batches import Json
 from millrace.errors import DataError
 from millrace.models.replay import Array
 
@@ -33,6 +34,16 @@ class Kind:
     dtype: str  # as numpy calls it
     stack: int  # frames in an observation
     actions: int
+
+    def to_json(self) -> dict[str, Json]:
+        """As a JSON value for `from_json`."""
+        return {"frame": list(self.frame), "dtype": self.dtype, "stack": self.stack, "actions": self.actions}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Json]) -> Kind:
+        """What `to_json` wrote."""
+        frame = tuple(cast(list[int], value["frame"]))
+        return cls(frame, str(value["dtype"]), cast(int, value["stack"]), cast(int, value["actions"]))
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,10 @@ architectures", 2016 (`dueling`), and T. Schaul et al., "Prioritized experience 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, SupportsFloat, cast
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -21,14 +19,15 @@ from millrace.data.randomness import derived_seed
 from millrace.errors import DataError, SettingError
 from millrace.models.actors import Playing
 from millrace.models.experience import Experience, Pace, Priorities
-from millrace.models.games import ATARI, Games, Kind, make_games, play_games
-from millrace.models.matches import Matches, acting
-from millrace.models.pictures import contact_sheet, curves
+from millrace.models.following import Following
+from millrace.models.games import ATARI, Games, Kind, make_games
+from millrace.models.matches import Matches
 from millrace.models.q_learning import Learner, Values
+from millrace.models.watching import read_wish, watch
 from millrace.optim.optimizer import Optimizer
 from millrace.optim.rules.adam import Adam
 from millrace.optim.schedule import Linear
-from millrace.train.callbacks import Callback, RunView
+from millrace.train.callbacks import Callback
 from millrace.zoo.base import Facts, Pictures, Prediction, Task, TaskData
 from millrace.zoo.settings import Settings, setting
 
@@ -45,7 +44,6 @@ _BY_KIND: dict[str, tuple[float, float]] = {
     "matches": (100, 5),
     "careless": (0.0, 0.05),
 }
-_LONGEST_FILM = 1000  # frames
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ class Play(Task[PlaySettings]):
         s = self.settings
         games = make_games(s.game, 1)
         games.close()
-        facts = _facts_of(games.kind) if facts is None else facts
+        facts = games.kind.to_json() if facts is None else facts
         playing = Playing(
             s.game, s.actors, cast(int, s.games), True, s.longest, clipped=s.game.startswith(ATARI), seed=s.seed
         )
@@ -139,7 +137,7 @@ class Play(Task[PlaySettings]):
         """The network, and the one that its targets are computed with."""
         s = self.settings
         errors = s.batch_size if s.prioritized else 0
-        return Learner(self._network(_kind_of(facts)), cast(int, s.target_every), s.double, errors)
+        return Learner(self._network(Kind.from_json(facts)), cast(int, s.target_every), s.double, errors)
 
     def loss(self, model: Learner, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Of the values' errors, which count linearly from `delta` on; of an evaluation, minus its score."""
@@ -157,7 +155,8 @@ class Play(Task[PlaySettings]):
 
     def callbacks(self, model: nn.Module, data: TaskData) -> list[Callback]:
         """Have the actors and the evaluations play by the weights in training."""
-        return [_Followed(cast(Learner, model), data)]
+        experience, matches = cast(Experience, data.train), cast(Matches, data.validation)
+        return [Following(cast(Learner, model), experience, matches)]
 
     def evaluate(self, model: nn.Module, batches: Batches) -> dict[str, float]:
         """The mean score of `matches` games."""
@@ -177,13 +176,13 @@ class Play(Task[PlaySettings]):
 
     def predict(self, model: nn.Module, file: Path, facts: Facts) -> Prediction:
         """Play one game. The file names it, and may add a number on which all depends that happens by chance."""
-        name, seed = _wish(file)
+        name, seed = read_wish(file)
         games = make_games(name, 1, longest=self.settings.longest)
-        if games.kind != _kind_of(facts):
+        if games.kind != Kind.from_json(facts):
             games.close()
             raise DataError(
                 f"{file} asks for the game {name!r}, which shows and takes {games.kind}, but the model learned "
-                f"{self.settings.game}: {_kind_of(facts)}. Ask for a game of that kind."
+                f"{self.settings.game}: {Kind.from_json(facts)}. Ask for a game of that kind."
             )
         score, pictures = self._watched(model, games, seed)
         games.close()
@@ -191,57 +190,7 @@ class Play(Task[PlaySettings]):
         return Prediction(text, {"game": name, "seed": seed, "score": score}, pictures)
 
     def _watched(self, model: nn.Module, games: Games, seed: int) -> tuple[float, Pictures]:
-        """One game to its end: its score, and what was seen."""
-        seen: list[Tensor] = []
-        epsilon = cast(float, self.settings.careless)
-        (score,) = play_games(
-            *(games, 1, 1, acting(cast(Learner, model).online)),
-            epsilon=epsilon,
-            seed=seed,
-            see=lambda observations: seen.append(torch.from_numpy(observations[0, -1].copy())),
-        )
-        frames = torch.stack(seen).float()
-        if frames.ndim == 2:
-            return score, {"numbers": curves(frames.T)}
-        film = frames[:_LONGEST_FILM, None] / 255
-        return score, {"game": contact_sheet(frames[:, None] / 255, 4, 5), "film": film}
-
-
-class _Followed(Callback):
-    def __init__(self, model: Learner, data: TaskData) -> None:
-        self._model = model
-        self._experience, self._matches = cast(Experience, data.train), cast(Matches, data.validation)
-
-    def on_start(self, run: RunView) -> None:
-        self._matches.follow(self._model.online)
-        self._experience.follow(self._model.online, forget=run.step > 0)
-
-    def on_step(self, run: RunView, step: int, values: Mapping[str, SupportsFloat]) -> None:
-        if step % self._experience.steps_per_round == 0:
-            run.pull()
-        if self._model.errors is not None:
-            self._experience.prioritize(self._model.errors)
-
-
-def _wish(file: Path) -> tuple[str, int]:
-    """The game's name and the seed in a file."""
-    try:
-        name, *rest = file.read_text(encoding="utf-8").split()
-        (seed,) = [int(word) for word in rest] or [0]
-        return name, seed % 2**31
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{file} must name a game and may add a whole number, such as `ALE/Pong-v5 7`: {error}"
-        ) from error
-
-
-def _facts_of(kind: Kind) -> Facts:
-    return {"frame": list(kind.frame), "dtype": kind.dtype, "stack": kind.stack, "actions": kind.actions}
-
-
-def _kind_of(facts: Facts) -> Kind:
-    frame = tuple(cast(list[int], facts["frame"]))
-    return Kind(frame, str(facts["dtype"]), cast(int, facts["stack"]), cast(int, facts["actions"]))
+        return watch(games, cast(Learner, model).online, epsilon=cast(float, self.settings.careless), seed=seed)
 
 
 TASK = Play
