@@ -13,11 +13,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from millrace.errors import DataError
-from millrace.zoo.digits import Digits, DigitsSettings, scan_of
+from millrace.zoo.digits import Digits, DigitsSettings
 from millrace.zoo.run import Finished, Opened, configure, find_run, open_run, train
 from millrace.zoo.run import test_values as values_on_test
-
-NOWHERE = Path("picture.png")
 
 # strokes in a square of 100 by 100, as a hand would draw them
 STROKES = {
@@ -151,12 +149,6 @@ def test_drawn_digits_are_read(how: dict[str, object], opened: Opened, tmp_path:
     assert len(wrong) <= 1, wrong
 
 
-def test_a_digit_in_a_corner_is_the_same_as_in_the_middle(tmp_path: Path) -> None:
-    middle = torch.from_numpy(np.array(drawn(4, 20, mode="RGBA", paper=WHITE, ink=BLACK))).permute(2, 0, 1) / 255
-    corner = torch.nn.functional.pad(middle, (300, 0, 0, 150), value=1.0)
-    assert torch.allclose(scan_of(middle, NOWHERE), scan_of(corner, NOWHERE))
-
-
 def test_real_test_scans_are_read_from_files(opened: Opened, tmp_path: Path) -> None:
     ((images, labels),) = opened.task.data(opened.facts).test.one_pass()
     right = 0
@@ -166,14 +158,6 @@ def test_real_test_scans_are_read_from_files(opened: Opened, tmp_path: Path) -> 
             said(opened, Image.fromarray(dark_on_light).resize((120, 120), Image.Resampling.BICUBIC), tmp_path) == label
         )
     assert right >= 57
-
-
-def test_scans_are_left_almost_as_they_are() -> None:
-    """A scan that was drawn large is the scan again."""
-    images = parts().test[:100]
-    large = torch.nn.functional.interpolate(images, scale_factor=20, mode="nearest")
-    again = torch.stack([scan_of(torch.cat([ink, ink, ink, torch.ones_like(ink)]), NOWHERE) for ink in large])
-    assert (again - images).abs().mean() < 0.08
 
 
 @pytest.mark.parametrize("paper", [BLACK, WHITE, CLEAR, (120, 120, 120, 255)])

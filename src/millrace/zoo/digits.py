@@ -7,7 +7,7 @@ inked pixels, 0 to 16, is one pixel here.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,18 +19,19 @@ from torch.nn import functional
 from millrace.data.augment import on_images, random_affine
 from millrace.data.images import read_image
 from millrace.data.mapped import mapped
+from millrace.data.scans import BLOCK, SIZE, scan_of
 from millrace.data.sources import as_batches
 from millrace.data.split import holdout
-from millrace.errors import DataError
+from millrace.models.classified import classified
 from millrace.optim.constructors import adamw
 from millrace.optim.optimizer import Optimizer
-from millrace.optim.schedule import Cosine, Warmup
+from millrace.optim.schedule import warmup_cosine
 from millrace.train.metrics import accuracy
 from millrace.zoo.base import Facts, Prediction, Task, TaskData
 from millrace.zoo.extras import require
 from millrace.zoo.settings import Settings, setting
 
-CLASSES, SIZE, BLOCK = 10, 8, 4
+CLASSES = 10
 _SPLIT_SEED = 0  # which scans are held out never changes, whatever the run's seed
 
 
@@ -106,23 +107,15 @@ class Digits(Task[DigitsSettings]):
     def optimizer(self, model: nn.Module, steps: int) -> Optimizer:
         """AdamW; the rate climbs over a fifth of the run and falls along a cosine."""
         s = self.settings
-        climb = max(1, steps // 5)
-        rate = Warmup(climb, Cosine(s.learning_rate, steps=max(1, steps - climb)))
+        rate = warmup_cosine(s.learning_rate, steps, warmup=steps // 5)
         return adamw(rate, weight_decay=s.weight_decay)
 
     def report(self, model: nn.Module, data: TaskData) -> str:
         """Which digits of the test scans were taken for which."""
-        device = next(model.parameters()).device
-        mistakes: Counter[tuple[int, int]] = Counter()
-        count = 0
-        for images, labels in data.test.one_pass():
-            with torch.no_grad():
-                said = model(images.to(device)).argmax(-1).cpu()
-            count += len(labels)
-            wrong = said != labels
-            mistakes.update(zip(labels[wrong].tolist(), said[wrong].tolist(), strict=True))
+        found = classified(model, data.test)
+        mistakes = found.mistakes()
         listed = ", ".join(f"a {is_} read as {said} ({n}×)" for (is_, said), n in mistakes.most_common())
-        return f"misread {mistakes.total()} of {count} test scans" + (f": {listed}" if listed else "")
+        return f"misread {mistakes.total()} of {len(found.labels)} test scans" + (f": {listed}" if listed else "")
 
     def predict(self, model: nn.Module, file: Path, facts: Facts) -> Prediction:
         """The digit in a picture of any size, dark on light or light on dark."""
@@ -143,67 +136,6 @@ def _block(inputs: int, outputs: int) -> nn.Module:
         "relu": nn.ReLU(),
     }
     return nn.Sequential(OrderedDict(layers))
-
-
-def scan_of(picture: Tensor, file: Path) -> Tensor:
-    """A picture made to look like the scans that the model learned from.
-
-    As NIST's programs did: cut out the ink, scale it to 32 rows without changing its proportions, centre it, and count
-    the ink in every block of 4×4. Strokes much thinner than the scans' are thickened.
-
-    Args:
-        picture: float [4, H, W] from 0 to 1, with transparency.
-        file: where it is from, for messages.
-
-    Returns: float [1, 8, 8] from 0 to 1.
-
-    Raises:
-        DataError: there is no ink in it.
-    """
-    ink = _cropped(_ink(picture, file))
-    side = SIZE * BLOCK
-    rows, cols = ink.shape
-    zoom = side / max(rows, cols)
-    size = (max(1, round(rows * zoom)), max(1, round(cols * zoom)))
-    scaled = functional.interpolate(ink[None, None], size=size, mode="area")
-    below, right = side - size[0], side - size[1]
-    bitmap = functional.pad(scaled, (right // 2, right - right // 2, below // 2, below - below // 2))
-    while bitmap.mean() < _LEAST_INK:
-        thicker = functional.max_pool2d(bitmap, 3, stride=1, padding=1)
-        if thicker.mean() < 1.05 * bitmap.mean():
-            break
-        bitmap = thicker
-    return functional.avg_pool2d(bitmap, BLOCK)[0]
-
-
-_LEAST_INK = 0.2  # of the bitmap; the scans have 0.3 on average
-_LEAST_CONTRAST = 0.1  # between ink and paper, of black to white
-
-
-def _ink(picture: Tensor, file: Path) -> Tensor:
-    """How much ink is at each pixel, [H, W] from 0 to 1, whichever of ink and paper is the darker one."""
-    grey, opacity = picture[:3].mean(0), picture[3]
-    on_white, shape = _contrast(grey * opacity + (1 - opacity)), _contrast(opacity)
-    ink = on_white if on_white.max() >= _LEAST_CONTRAST else shape  # white ink on nothing
-    if ink.max() < _LEAST_CONTRAST:
-        raise DataError(
-            f"The image {file} shows no digit: all of it is about equally light. Give one digit, dark on light or "
-            "light on dark."
-        )
-    ink = ink / ink.max()
-    return torch.where(ink < 0.2, 0.0, ink)  # specks and shadows of the paper
-
-
-def _contrast(values: Tensor) -> Tensor:
-    """How far every pixel, [H, W], is from those along the border, which are mostly paper."""
-    border = torch.cat([values[0], values[-1], values[:, 0], values[:, -1]])
-    return (values - border.median()).abs()
-
-
-def _cropped(ink: Tensor) -> Tensor:
-    """The smallest part that holds all ink."""
-    rows, cols = ink.amax(1).nonzero()[:, 0], ink.amax(0).nonzero()[:, 0]
-    return ink[int(rows[0]) : int(rows[-1]) + 1, int(cols[0]) : int(cols[-1]) + 1]
 
 
 TASK = Digits

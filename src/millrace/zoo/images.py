@@ -5,7 +5,6 @@ Without pictures of one's own: patches of twenty photographs, each a class (`mil
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,26 +17,24 @@ from torch.nn import functional
 
 from millrace.data.augment import compose, on_images, random_colour, random_flip, random_resized_crop
 from millrace.data.contact_sheet import contact_sheet
-from millrace.data.images import read_image
 from millrace.data.labelled_pictures import Labelled, first_of_each, of_classes, split_pictures
 from millrace.data.mapped import mapped
 from millrace.data.photographs import PATCH, patches, read_photographs
 from millrace.data.sources import as_batches
-from millrace.errors import SettingError
+from millrace.data.views import SEEN, middle, views
+from millrace.models.classified import classified
 from millrace.models.image_networks import inception, residual
 from millrace.optim.constructors import adamw
 from millrace.optim.optimizer import Group, Optimizer
-from millrace.optim.schedule import Cosine, Warmup
-from millrace.train.fit import fit
+from millrace.optim.schedule import warmup_cosine
 from millrace.train.metrics import accuracy, top_accuracy
 from millrace.zoo.base import Facts, Pictures, Prediction, Task, TaskData
 from millrace.zoo.extras import require
-from millrace.zoo.run import find_run, open_run, total_steps
 from millrace.zoo.settings import Settings, setting
+from millrace.zoo.transfer import take_over, trained_alone
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"inception": inception, "residual": residual}
 PER_CLASS = {"train": 120, "validation": 16, "test": 40}  # patches of every photograph
-_SEEN = 0.8  # of a picture's height and width, where nothing is random
 _SHOWN = 48  # pictures on the contact sheet
 
 
@@ -83,7 +80,7 @@ class Images(Task[ImagesSettings]):
     def data(self, facts: Facts | None = None) -> TaskData:
         """Patches of photographs, or one's own pictures: a fifth for the test, of the others a tenth for validation."""
         s = self.settings
-        parts, names = split_pictures(s.data, round(s.size / _SEEN)) if s.data else _photographs()
+        parts, names = split_pictures(s.data, round(s.size / SEEN)) if s.data else _photographs()
         kept = {"all": range(len(names)), "half": range(0, len(names), 2), "rest": range(1, len(names), 2)}[s.classes]
         train, validation, test = (of_classes(part, list(kept)) for part in parts)
         train = train if s.examples is None else first_of_each(train, s.examples)
@@ -93,7 +90,7 @@ class Images(Task[ImagesSettings]):
         batches = as_batches(train, batch_size=min(s.batch_size, len(train[1])), seed=s.seed)
 
         def held_out(part: Labelled) -> Labelled:
-            return _middle(part[0], s.size), part[1]
+            return middle(part[0], s.size), part[1]
 
         return TaskData(
             mapped(batches, on_images(augment), seed=s.seed, evaluation=held_out),
@@ -109,17 +106,8 @@ class Images(Task[ImagesSettings]):
 
     def warm_start(self, model: nn.Module) -> None:
         """All but the readout of the run that `transfer_from` names, as it would predict: averaged."""
-        if not self.settings.transfer_from:
-            return
-        found = open_run(find_run(self.settings.transfer_from), "cpu")
-        features = {n: t for n, t in found.model.state_dict().items() if not n.startswith("readout.")}
-        own = model.state_dict()
-        if any(name not in own or own[name].shape != tensor.shape for name, tensor in features.items()):
-            raise SettingError(
-                f"transfer_from={self.settings.transfer_from!r}: the run {found.path} has another network. Give this "
-                "one the same settings network, width, blocks and stride."
-            )
-        model.load_state_dict({**own, **features})
+        if self.settings.transfer_from:
+            take_over(model, self.settings.transfer_from, alike="network, width, blocks and stride")
 
     def loss(self, model: nn.Module, batch: Labelled) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy; targets are smoothed in training only."""
@@ -132,65 +120,42 @@ class Images(Task[ImagesSettings]):
     def optimizer(self, model: nn.Module, steps: int) -> Optimizer:
         """AdamW along a cosine, after a climb over a tenth of the run, with averages of the weights."""
         s = self.settings
-        climb = max(1, steps // 10)
-        rate = Warmup(climb, Cosine(s.learning_rate, steps=max(1, steps - climb)))
+        rate = warmup_cosine(s.learning_rate, steps, warmup=steps // 10)
         groups = (Group("readout.*"), Group("*", scale=s.body_rate)) if s.transfer_from else ()
         return replace(adamw(rate, weight_decay=s.weight_decay, groups=groups), average=s.average)
 
     def report(self, model: nn.Module, data: TaskData) -> str:
         """What was taken for what; after transfer, how good the same network is from scratch."""
         names = _names(data.facts)
-        _, labels, logits = _outputs(model, data)
-        said = logits.argmax(-1)
-        pairs = Counter((int(a), int(b)) for a, b in zip(labels, said, strict=True) if a != b)
-        listed = ", ".join(f"{names[a]} for {names[b]} ({n}×)" for (a, b), n in pairs.most_common(5))
-        text = f"took {pairs.total()} of {len(labels)} for others" + (f": {listed}" if listed else "")
+        found = classified(model, data.test)
+        mistakes = found.mistakes()
+        listed = ", ".join(f"{names[a]} for {names[b]} ({n}×)" for (a, b), n in mistakes.most_common(5))
+        text = f"took {mistakes.total()} of {len(found.labels)} for others" + (f": {listed}" if listed else "")
         if self.settings.transfer_from and self.settings.compare:
-            scratch = self._from_scratch(data.facts, str(next(model.parameters()).device))
+            alone = Images(replace(self.settings, transfer_from=""))
+            scratch = trained_alone(alone, data.facts, str(next(model.parameters()).device))
             text += "\nfrom scratch on the same pictures: "
             text += f"accuracy {scratch['accuracy']:.4f}, top5 {scratch['top5']:.4f}"
         return text
 
-    def _from_scratch(self, facts: Facts, device: str) -> dict[str, float]:
-        """What the same settings reach on the test pictures without transfer."""
-        alone = Images(replace(self.settings, transfer_from=""))
-        data, s = alone.data(facts), alone.settings
-        with torch.random.fork_rng():
-            torch.manual_seed(s.seed)
-            model = alone.model(facts)
-        steps = total_steps(s, data)
-        fit(
-            model,
-            data.train,
-            loss=alone.loss,
-            optimizer=alone.optimizer(model, steps),
-            device=device,
-            steps=steps,
-            seed=s.seed,
-            precision=s.precision,
-            compile=s.compile,
-            run_dir=False,
-            progress=False,
-        )
-        return alone.evaluate(model.eval(), data.test)
-
     def pictures(self, model: nn.Module, data: TaskData) -> Pictures:
         """A contact sheet of test pictures with what was said; of those in red, also what they are."""
         names = _names(data.facts)
-        images, labels, logits = _outputs(model, data)
+        found = classified(model, data.test)
+        images, labels, said = found.inputs, found.labels, found.said
         chosen = torch.linspace(0, len(labels) - 1, min(_SHOWN, len(labels))).round().long()
-        said, right = logits.argmax(-1), (logits.argmax(-1) == labels)[chosen].tolist()
         captions = [
             names[said[i]] if labels[i] == said[i] else f"{names[said[i]]} ({names[labels[i]]})" for i in chosen
         ]
-        return {"test": contact_sheet(images[chosen], captions, right, zoom=max(1, 96 // images.shape[-1]))}
+        right, zoom = (said == labels)[chosen].tolist(), max(1, 96 // images.shape[-1])
+        return {"test": contact_sheet(images[chosen], captions, right, zoom=zoom)}
 
     def predict(self, model: nn.Module, file: Path, facts: Facts) -> Prediction:
         """The five likeliest classes; of a photograph larger than a patch, in the mean over its patches."""
-        views = _views(file, self.settings.size, patchwise=bool(facts["patches"]))
+        shown = views(file, self.settings.size, PATCH if facts["patches"] else None)
         device = next(model.parameters()).device
         with torch.no_grad():
-            probabilities = model(views.to(device)).softmax(-1).mean(0).cpu()
+            probabilities = model(shown.to(device)).softmax(-1).mean(0).cpu()
         names = _names(facts)
         best = probabilities.topk(min(5, len(names)))
         ranked = {names[index]: value for index, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)}
@@ -205,35 +170,6 @@ def _photographs() -> tuple[list[Labelled], list[str]]:
     found = read_photographs(Path(scikit_image.__file__).parent, Path(scikit_learn.__file__).parent / "images")
     parts = [patches(found, part, count) for part, count in PER_CLASS.items()]
     return [(part.images, part.labels) for part in parts], list(found)
-
-
-def _middle(images: Tensor, size: int) -> Tensor:
-    """Four fifths of the height and of the width, as the crops of training have on average, scaled to `size`."""
-    side = round(images.shape[-1] * _SEEN)
-    first = (images.shape[-1] - side) // 2
-    cut = images[..., first : first + side, first : first + side].contiguous()
-    return cut if side == size else functional.interpolate(cut, (size, size), mode="bilinear", antialias=True)
-
-
-def _views(file: Path, size: int, *, patchwise: bool) -> Tensor:
-    """What the network is shown of a picture: [n, 3, size, size]."""
-    picture = read_image(file)
-    rows, cols = picture.shape[1:]
-    if not patchwise or min(rows, cols) < PATCH:
-        side = round(size / _SEEN)
-        return _middle(read_image(file, side, side)[None], size)
-    tops, lefts = (sorted({round(i * (n - PATCH) / 6) for i in range(7)}) for n in (rows, cols))
-    found = [picture[:, top : top + PATCH, left : left + PATCH] for top in tops for left in lefts]
-    return _middle(torch.stack(found), size)
-
-
-def _outputs(model: nn.Module, data: TaskData) -> tuple[Tensor, Tensor, Tensor]:
-    """All test pictures with their labels and logits."""
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        found = [(images, labels, model(images.to(device)).cpu()) for images, labels in data.test.one_pass()]
-    images, labels, logits = (torch.cat(list(part)) for part in zip(*found, strict=True))
-    return images, labels, logits
 
 
 def _names(facts: Facts) -> list[str]:
