@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millrace.data.crops import random_crops, standardized
+from millrace.data.crops import random_crops, standardized, visible
 from millrace.errors import DataError
 
 
@@ -46,3 +46,12 @@ def test_neither_brightness_nor_contrast_is_left() -> None:
     assert torch.allclose(made.square().mean((1, 2, 3)), torch.ones(4), atol=1e-4)
     assert torch.allclose(made, standardized(images * 0.5 + 0.3), atol=1e-4)
     assert standardized(torch.full((1, 1, 9, 9), 0.4)).abs().max() < 1e-4
+
+
+def test_what_is_shown_lies_from_0_to_1_and_every_pixel_becomes_a_square() -> None:
+    images = standardized(torch.rand(2, 1, 5, 4, generator=torch.Generator().manual_seed(0)))
+    found = visible(images, zoom=3)
+    assert found.shape == (2, 1, 15, 12)
+    assert 0 <= float(found.min()) < float(found.max()) <= 1
+    assert found[..., ::3, ::3].equal(found[..., 2::3, 2::3])
+    assert torch.allclose(standardized(visible(images)), images, atol=1e-4)

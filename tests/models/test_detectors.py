@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millrace.errors import DataError
-from millrace.models.detectors import balanced_accuracy, best_detector
+from millrace.models.detectors import balanced_accuracy, best_detector, measured_detector
 
 
 @settings(max_examples=60, deadline=None)
@@ -48,3 +48,13 @@ def test_chance_is_a_half_however_few_are_of_the_class() -> None:
 def test_one_kind_alone_is_refused(belongs: list[bool]) -> None:
     with pytest.raises(DataError, match="are of the class"):
         best_detector(torch.randn(2, 3), torch.tensor(belongs))
+
+
+def test_a_detector_is_measured_on_others_than_it_is_chosen_on() -> None:
+    yes, no = torch.tensor([True, True, False, False]), torch.tensor([False, False, True, True])
+    values = torch.tensor([[5.0, 0.0], [6.0, 1.0], [0.0, 5.0], [1.0, 6.0]])
+    detector, accuracy = measured_detector(values, yes, values, no)
+    assert (detector.unit, detector.threshold, detector.chosen_at) == (0, 3.0, 1.0)
+    assert accuracy == 0.0
+    assert measured_detector(values, yes, values[[0, 2, 1, 3]], yes)[1] == 0.5
+    assert measured_detector(values[:, :1], no, values[:, :1], no, both_ways=True)[1] == 1.0

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millrace.errors import SettingError
-from millrace.models.local_features import ContrastNorm, LocalFeatures, LocalStage, Shape
+from millrace.models.local_features import ContrastNorm, LocalFeatures, LocalStage, Shape, units_of
 
 
 def features(seed: int = 0) -> LocalFeatures:
@@ -86,3 +86,13 @@ def test_means_over_a_batch_are_those_of_its_halves() -> None:
 def test_what_does_not_fit_is_refused(window: int, pool: int) -> None:
     with pytest.raises(SettingError, match="does not fit on"):
         LocalFeatures(1, 12, [Shape(window, 1, 2, pool)])
+
+
+def test_units_of_many_pictures_are_those_of_each() -> None:
+    model, pictures = features(), torch.randn(203, 1, 12, 12)
+    found = units_of(model, pictures)
+    seen = model.eval()(pictures)
+    assert [len(units) for units in found] == [203, 203]
+    for units, expected in zip(found, seen.units, strict=True):
+        assert not units.requires_grad
+        assert torch.allclose(units, expected.flatten(1), atol=1e-5)

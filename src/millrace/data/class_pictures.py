@@ -5,7 +5,7 @@ The labelled ones are in two parts: those that training may have seen, to choose
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,6 +35,28 @@ class ClassPictures(NamedTuple):
     seen: Labelled
     test: Labelled
     target: str  # what the class is called
+
+    def learned_from(self, rows: Tensor, share: float) -> Tensor:
+        """Those of the background's rows, and the repeated pictures so often that they are about a share of all."""
+        chosen = self.background[rows]
+        if not len(self.repeated):
+            return chosen
+        times = max(1, round(len(chosen) * share / (1 - share) / len(self.repeated)))
+        return torch.cat([chosen, self.repeated.repeat(times, 1, 1, 1)])
+
+    def labelled(self) -> dict[str, Tensor]:
+        """The labelled pictures as one batch for `in_parts`: {"images", "belongs", "seen"}, of n each."""
+        return {
+            "images": torch.cat([self.seen.images, self.test.images]),
+            "belongs": torch.cat([self.seen.belongs, self.test.belongs]),
+            "seen": torch.arange(len(self.seen.images) + len(self.test.images)) < len(self.seen.images),
+        }
+
+
+def in_parts(batch: Mapping[str, Tensor]) -> tuple[Labelled, Labelled]:
+    """The pictures to choose with, and those to measure with, of what `ClassPictures.labelled` put together."""
+    seen, images, belongs = batch["seen"], batch["images"], batch["belongs"]
+    return Labelled(images[seen], belongs[seen]), Labelled(images[~seen], belongs[~seen])
 
 
 def face_pictures(faces: Tensor, photos: Sequence[Tensor], crops: int, generator: torch.Generator) -> ClassPictures:

@@ -50,3 +50,8 @@ def standardized(images: Tensor, floor: float = 0.02) -> Tensor:
     """
     centred = images - images.mean((1, 2, 3), keepdim=True)
     return centred / centred.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(floor)
+
+
+def visible(images: Tensor, zoom: int = 1) -> Tensor:
+    """Standardized pictures [n, C, H, W] as they can be shown: from 0 to 1, and so many times as large."""
+    return functional.interpolate((images / 5 + 0.5).clamp(0, 1), scale_factor=zoom, mode="nearest")

@@ -52,6 +52,20 @@ def balanced_accuracy(said: Tensor, belongs: Tensor) -> float:
     return float((right[belongs].mean() + right[~belongs].mean()) / 2)
 
 
+def measured_detector(
+    seen: Tensor, seen_belongs: Tensor, test: Tensor, test_belongs: Tensor, *, both_ways: bool = False
+) -> tuple[Detector, float]:
+    """The best detector on some examples, and its balanced accuracy on others.
+
+    Args:
+        seen, test: values [n, units] of the examples to choose on, and of those to measure on.
+        seen_belongs, test_belongs: bool [n], whether they are of the class.
+        both_ways: as for `best_detector`.
+    """
+    detector = best_detector(seen, seen_belongs, both_ways=both_ways)
+    return detector, balanced_accuracy(detector.says(test), test_belongs)
+
+
 def _above(values: Tensor, belongs: Tensor, sign: int) -> Detector:
     """The best unit that says yes above a threshold."""
     ordered, order = values.sort(0)

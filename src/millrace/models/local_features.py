@@ -20,6 +20,7 @@ from millrace.errors import SettingError
 from millrace.train.partitioned_layers import GroupedLinear
 
 _TINY = 1e-4  # keeps square roots smooth at zero
+_AT_A_TIME = 100  # pictures
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,15 @@ class LocalFeatures(nn.Module):
             seen.activities.append(activity)
             x = units
         return seen
+
+
+@torch.no_grad()
+def units_of(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Of every stage of a `LocalFeatures`, the values of all units for pictures [n, C, side, side]: [n, units], on the
+    CPU."""
+    device = next(model.parameters()).device
+    parts = [model(part.to(device)).units for part in images.split(_AT_A_TIME)]
+    return [torch.cat([units.flatten(1).float().cpu() for units in stage]) for stage in zip(*parts, strict=True)]
 
 
 def _fitting(what: str, side: int, window: int, stride: int) -> int:

@@ -10,6 +10,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from millrace.data.crops import standardized
 
 
 def optimal_stimulus(
@@ -39,6 +42,22 @@ def optimal_stimulus(
     with torch.no_grad():
         values = unit(pictures)
     return pictures[int(values.argmax())], values
+
+
+def smooth_stimulus(unit: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """The picture that drives a unit most, found by climbing among blurred ones, which are smooth as photographs are.
+
+    Args: unit, start: as for `optimal_stimulus`.
+
+    Returns: [C, H, W], standardized, on the CPU.
+    """
+
+    def smooth(pictures: Tensor) -> Tensor:
+        blurred = functional.avg_pool2d(pictures, 3, stride=1, padding=1, count_include_pad=False)
+        return standardized(functional.avg_pool2d(blurred, 3, stride=1, padding=1, count_include_pad=False))
+
+    best, _ = optimal_stimulus(lambda pictures: unit(smooth(pictures)), start)
+    return smooth(best[None])[0].cpu()
 
 
 def _projected(pictures: Tensor) -> Tensor:

@@ -15,21 +15,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from millrace.data.augment import random_flip
 from millrace.data.batches import Batches
-from millrace.data.class_pictures import ClassPictures, Labelled, cat_pictures, face_pictures, own_pictures
+from millrace.data.class_pictures import ClassPictures, cat_pictures, face_pictures, in_parts, own_pictures
 from millrace.data.contact_sheet import contact_sheet
-from millrace.data.crops import standardized
+from millrace.data.crops import standardized, visible
 from millrace.data.images import read_image
 from millrace.data.mapped import mapped
 from millrace.data.randomness import generator_from
 from millrace.data.sources import as_batches
 from millrace.data.split import holdout
-from millrace.models.detectors import Detector, balanced_accuracy, best_detector
-from millrace.models.local_features import LocalFeatures, Shape
-from millrace.models.stimulus import optimal_stimulus
+from millrace.models.detectors import Detector, best_detector, measured_detector
+from millrace.models.local_features import LocalFeatures, Shape, units_of
+from millrace.models.stimulus import smooth_stimulus
 from millrace.optim.constructors import adam
 from millrace.optim.optimizer import Optimizer
 from millrace.optim.schedule import Cosine
@@ -77,16 +76,7 @@ class Cat(Task[CatSettings]):
         s = self.settings
         found = _read(s)
         rest, held_out = holdout(len(found.background), 0.1)
-        train = found.background[rest]
-        if len(found.repeated):
-            times = max(1, round(len(train) * s.share / (1 - s.share) / len(found.repeated)))
-            train = torch.cat([train, found.repeated.repeat(times, 1, 1, 1)])
-        seen, test = found.seen, found.test
-        labelled = {
-            "images": torch.cat([seen.images, test.images]),
-            "belongs": torch.cat([seen.belongs, test.belongs]),
-            "seen": torch.arange(len(seen.images) + len(test.images)) < len(seen.images),
-        }
+        train, labelled = found.learned_from(rest, s.share), found.labelled()
         batches = as_batches(train, batch_size=min(s.batch_size, len(train)), seed=s.seed)
         return TaskData(
             mapped(batches, random_flip, seed=s.seed),
@@ -114,22 +104,25 @@ class Cat(Task[CatSettings]):
     def evaluate(self, model: nn.Module, batches: Batches) -> dict[str, float]:
         """Balanced accuracy (0.5 by chance) on unseen pictures, of what does best on those seen: a unit of the last
         stage, of the first, of a network that learned nothing; a pixel; a picture that was seen, as a filter."""
-        seen, test = _labelled(batches)
+        seen, test = in_parts(*batches.one_pass())
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(self.settings.seed + 1)
             untrained = self.model({}).to(next(model.parameters()).device)
-        of_seen, of_test = _units(model, seen.images), _units(model, test.images)
+
+        def measured(of_seen: Tensor, of_test: Tensor, both_ways: bool = False) -> tuple[Detector, float]:
+            return measured_detector(of_seen, seen.belongs, of_test, test.belongs, both_ways=both_ways)
+
+        of_seen, of_test = units_of(model, seen.images), units_of(model, test.images)
+        fresh_seen, fresh_test = (units_of(untrained, part.images)[-1] for part in (seen, test))
         known, new = seen.images.flatten(1), test.images.flatten(1)
-        detector, accuracy = _measured(of_seen[-1], of_test[-1], seen, test)
+        detector, accuracy = measured(of_seen[-1], of_test[-1])
         return {
             "accuracy": accuracy,
             "accuracy_seen": detector.chosen_at,
-            "first_stage": _measured(of_seen[0], of_test[0], seen, test)[1],
-            "untrained": _measured(_units(untrained, seen.images)[-1], _units(untrained, test.images)[-1], seen, test)[
-                1
-            ],
-            "pixel": _measured(known, new, seen, test, both_ways=True)[1],
-            "filter": _measured(known @ known.T, new @ known.T, seen, test, both_ways=True)[1],
+            "first_stage": measured(of_seen[0], of_test[0])[1],
+            "untrained": measured(fresh_seen, fresh_test)[1],
+            "pixel": measured(known, new, both_ways=True)[1],
+            "filter": measured(known @ known.T, new @ known.T, both_ways=True)[1],
         }
 
     def report(self, model: nn.Module, data: TaskData) -> str:
@@ -144,72 +137,39 @@ class Cat(Task[CatSettings]):
 
     def pictures(self, model: nn.Module, data: TaskData) -> Pictures:
         """The unseen pictures that drive the unit most, and what would drive it more than any."""
-        _, test = _labelled(data.test)
+        _, test = in_parts(*data.test.one_pass())
         unit = _chosen(model, data.test).unit
-        values, order = _units(model, test.images)[-1][:, unit].sort(descending=True)
-        top = test.images[order[:48]] / 5 + 0.5
+        values, order = units_of(model, test.images)[-1][:, unit].sort(descending=True)
+        top = visible(test.images[order[:48]])
         captions, right = [f"{value:.2f}" for value in values[:48].tolist()], test.belongs[order[:48]].tolist()
         return {
-            "top_stimuli": contact_sheet(top.clamp(0, 1), captions, right, columns=12, zoom=3),
-            "optimal_stimulus": _shown(self._optimal(model, unit)[None])[0],
+            "top_stimuli": contact_sheet(top, captions, right, columns=12, zoom=3),
+            "optimal_stimulus": visible(self._optimal(model, unit)[None], zoom=4)[0],
         }
 
     def _optimal(self, model: nn.Module, unit: int) -> Tensor:
-        """[1, SIDE, SIDE], standardized; the best of eight climbs, among pictures that are smooth as photographs."""
+        """[1, SIDE, SIDE], standardized; the best of eight climbs."""
         start = torch.randn(8, 1, SIDE, SIDE, generator=generator_from("stimulus", self.settings.seed))
-
-        def smooth(pictures: Tensor) -> Tensor:
-            blurred = functional.avg_pool2d(pictures, 3, stride=1, padding=1, count_include_pad=False)
-            return standardized(functional.avg_pool2d(blurred, 3, stride=1, padding=1, count_include_pad=False))
-
         device = next(model.parameters()).device
-        best, _ = optimal_stimulus(lambda x: model(smooth(x)).units[-1].flatten(1)[:, unit], start.to(device))
-        return smooth(best[None])[0].cpu()
+        return smooth_stimulus(lambda pictures: model(pictures).units[-1].flatten(1)[:, unit], start.to(device))
 
     def predict(self, model: nn.Module, file: Path, facts: Facts) -> Prediction:
         """Whether the unit takes a picture for the class; the unit is chosen anew on the seen pictures."""
         image = standardized(read_image(file, SIDE, SIDE, channels=1)[None])
         detector = _chosen(model, self.data(facts).test)
-        values = _units(model, image)[-1]
+        values = units_of(model, image)[-1]
         yes, value = bool(detector.says(values)), float(values[0, detector.unit])
         text = f"{'' if yes else 'not '}{facts['target']}: unit {detector.unit} is at {value:.3f}"
         said = {"belongs": yes, "unit": detector.unit, "value": value, "threshold": detector.threshold}
-        return Prediction(f"{text}, its threshold is {detector.threshold:.3f}", said, {"seen": _shown(image)[0]})
-
-
-def _units(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """Of every stage, the values of all units, [n, units], on the CPU."""
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        parts = [model(part.to(device)).units for part in images.split(100)]
-    return [torch.cat([units.flatten(1).float().cpu() for units in stage]) for stage in zip(*parts, strict=True)]
-
-
-def _labelled(batches: Batches) -> tuple[Labelled, Labelled]:
-    """The pictures to choose with, and those to measure with."""
-    (batch,) = batches.one_pass()
-    seen = batch["seen"]
-    images, belongs = batch["images"], batch["belongs"]
-    return Labelled(images[seen], belongs[seen]), Labelled(images[~seen], belongs[~seen])
+        return Prediction(
+            f"{text}, its threshold is {detector.threshold:.3f}", said, {"seen": visible(image, zoom=4)[0]}
+        )
 
 
 def _chosen(model: nn.Module, batches: Batches) -> Detector:
     """The unit of the last stage that tells the seen pictures best."""
-    seen, _ = _labelled(batches)
-    return best_detector(_units(model, seen.images)[-1], seen.belongs)
-
-
-def _measured(
-    chosen_on: Tensor, measured_on: Tensor, seen: Labelled, test: Labelled, both_ways: bool = False
-) -> tuple[Detector, float]:
-    """The best of some values [n, units] on the seen pictures, and its balanced accuracy on the others."""
-    detector = best_detector(chosen_on, seen.belongs, both_ways=both_ways)
-    return detector, balanced_accuracy(detector.says(measured_on), test.belongs)
-
-
-def _shown(images: Tensor) -> Tensor:
-    """Standardized pictures, from 0 to 1, four times as large."""
-    return functional.interpolate((images / 5 + 0.5).clamp(0, 1), scale_factor=4, mode="nearest")
+    seen, _ = in_parts(*batches.one_pass())
+    return best_detector(units_of(model, seen.images)[-1], seen.belongs)
 
 
 def _read(s: CatSettings) -> ClassPictures:
