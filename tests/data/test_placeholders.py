@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millrace.data.placeholders import MARKS, masked, masked_like, restored
+from millrace.data.placeholders import MARKS, masked, masked_like, readable, restored
 
 ONE, TWO = MARKS[:2]
 
@@ -55,3 +55,7 @@ def test_what_was_marked_can_be_put_back(text: str) -> None:
 def test_too_many_are_refused_and_unknown_marks_dropped() -> None:
     assert masked("%s " * (len(MARKS) + 1)) is None
     assert restored(f"a {TWO}{ONE}", ["%s"]) == "a %s"
+
+
+def test_marks_and_parts_of_characters_can_be_read() -> None:
+    assert readable(f"{TWO} of {ONE}: caf\ufffd, naïve") == "<2> of <1>: caf?, naïve"

@@ -48,3 +48,8 @@ def restored(text: str, names: list[str]) -> str:
     for number, mark in enumerate(MARKS):
         text = text.replace(mark, names[number] if number < len(names) else "")
     return text
+
+
+def readable(text: str) -> str:
+    """Marks of placeholders, and parts of characters, as people can read them."""
+    return restored(text, [f"<{number}>" for number in range(1, len(MARKS) + 1)]).replace("\ufffd", "?")

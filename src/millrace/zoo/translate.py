@@ -14,24 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
-import torch
 from torch import Tensor, nn
 
 from millrace.data.batches import Batches
 from millrace.data.catalogues import Pair
 from millrace.data.pairs import PairBatches, TokenPair, buckets_for
 from millrace.data.parallel_text import read_pairs, read_sentences, reversals, split_by_message
-from millrace.data.placeholders import MARKS, masked, restored
+from millrace.data.placeholders import MARKS, masked, readable, restored
 from millrace.data.subwords import END, START, Subwords
 from millrace.errors import DataError
-from millrace.models.attention_picture import attention_picture
-from millrace.models.beam import Beam, Hypothesis
-from millrace.models.encoder_decoder import EncoderDecoder, search, sequence_loss, shifted, token_accuracy
+from millrace.models.encoder_decoder import EncoderDecoder, sequence_loss, shifted, token_accuracy
 from millrace.models.lstm_encoder_decoder import LstmEncoderDecoder
+from millrace.models.nearest_texts import nearest_texts
 from millrace.models.transformer_encoder_decoder import TransformerEncoderDecoder
+from millrace.models.translator import Translator
 from millrace.optim.constructors import adamw
 from millrace.optim.optimizer import Optimizer
-from millrace.optim.schedule import Cosine, Warmup
+from millrace.optim.schedule import warmup_cosine
 from millrace.zoo.base import Facts, Pictures, Prediction, Task, TaskData
 from millrace.zoo.extras import require
 from millrace.zoo.settings import Settings, setting
@@ -123,13 +122,12 @@ class Translate(Task[TranslateSettings]):
     def optimizer(self, model: nn.Module, steps: int) -> Optimizer:
         """AdamW on clipped gradients; the rate climbs over a tenth of the run and falls along a cosine."""
         s = self.settings
-        climb = max(1, steps // 10)
-        rate = Warmup(climb, Cosine(s.learning_rate, steps=max(1, steps - climb), end=s.learning_rate / 20))
+        rate = warmup_cosine(s.learning_rate, steps, warmup=steps // 10, end=s.learning_rate / 20)
         return adamw(rate, betas=(0.9, 0.98), weight_decay=s.weight_decay, clip_norm=1.0)
 
     def evaluate(self, model: nn.Module, batches: Batches) -> dict[str, float]:
         """Loss, BLEU (0 to 100), the share of translations that are the reference, and BLEU of copying the source."""
-        sources, references, said = self._translated(model, batches)
+        sources, references, said = self._translator(model).translated(batches)
         return {
             **super().evaluate(model, batches),
             "bleu": bleu(said, references),
@@ -137,56 +135,37 @@ class Translate(Task[TranslateSettings]):
             "bleu_of_copy": bleu(sources, references),
         }
 
-    def _translated(self, model: nn.Module, batches: Batches) -> tuple[list[str], list[str], list[str]]:
-        """Sources, references and translations as texts."""
-        sources, references, said = [], [], []
-        for batch in batches.one_pass():
-            sources += [self._subwords.decode(row) for row in batch["source"].tolist()]
-            references += [self._subwords.decode(row) for row in batch["target"].tolist()]
-            said += [self._subwords.decode(best.tokens) for best in self._best(model, batch["source"])]
-        return sources, references, said
-
-    def _best(self, model: nn.Module, source_BS: Tensor) -> list[Hypothesis]:
+    def _translator(self, model: nn.Module) -> Translator:
         s = self.settings
-        beam = Beam(START, END, s.beam, 2 * source_BS.shape[1], s.length_penalty, s.coverage_penalty)
-        return [found[0] for found in search(cast(EncoderDecoder, model), source_BS, beam)]
+        return Translator(cast(EncoderDecoder, model), self._subwords, s.beam, s.length_penalty, s.coverage_penalty)
 
     def report(self, model: nn.Module, data: TaskData) -> str:
         """BLEU of the two baselines, and some translations."""
         train, test = cast(PairBatches, data.train), cast(PairBatches, data.test)
         learned, asked = ([tuple(map(self._subwords.decode, pair)) for pair in part.pairs] for part in (train, test))
         sources, references = zip(*asked, strict=True)
-        nearest = nearest_translations(list(sources), *map(list, zip(*learned, strict=True)))
+        nearest = [learned[number][1] for number in nearest_texts(sources, [source for source, _ in learned])]
         lines = [
             f"BLEU of copying the source: {bleu(list(sources), list(references)):.1f}",
             f"BLEU of the nearest training source's translation: {bleu(nearest, list(references)):.1f}",
         ]
+        translator = self._translator(model)
         for source, reference in asked[:: max(1, len(asked) // _SHOWN)]:
-            said = self._subwords.decode(self._best(model, self._source(source))[0].tokens)
+            said = translator.text(translator.best(translator.source(source))[0])
             lines += ["", f"  {source}", f"  → {said}", f"  ({reference})"]
-        return _readable("\n".join(lines))
-
-    def _source(self, text: str) -> Tensor:
-        """One text as a batch."""
-        return torch.tensor([[*self._subwords.encode(text), END]])
+        return readable("\n".join(lines))
 
     def pictures(self, model: nn.Module, data: TaskData) -> Pictures:
         """Where the model looked while it translated some of the test sentences."""
         source_BS = next(data.test.one_pass())["source"][:_SHOWN]
-        found = zip(source_BS, self._best(model, source_BS), strict=True)
-        return {f"attention_{n}": self._picture(row, best) for n, (row, best) in enumerate(found)}
-
-    def _picture(self, source_S: Tensor, best: Hypothesis) -> Tensor:
-        read = [token for token in source_S.tolist() if token]
-        assert best.attention is not None
-        labels = (
-            [_readable(piece) or "END" for piece in self._subwords.pieces(t)] for t in ((*best.tokens, END), read)
-        )
-        return attention_picture(best.attention[:, : len(read)], *labels)
+        translator = self._translator(model)
+        found = zip(source_BS, translator.best(source_BS), strict=True)
+        return {f"attention_{n}": translator.picture(row, best) for n, (row, best) in enumerate(found)}
 
     def predict(self, model: nn.Module, file: Path, facts: Facts) -> Prediction:
         """The translation of every line of a text, and where the model looked for the first."""
         self._subwords = _subwords(facts)
+        translator = self._translator(model)
         said: list[str] = []
         pictures: dict[str, Tensor] = {}
         longest = 0
@@ -194,11 +173,11 @@ class Translate(Task[TranslateSettings]):
             marked = masked(line)
             if marked is None:
                 raise DataError(f"This line of {file} has more than {len(MARKS)} placeholders: {line[:60]!r}. Cut it.")
-            source_1S = self._source(marked[0])
+            source_1S = translator.source(marked[0])
             longest = max(longest, source_1S.shape[1] - 1)
-            best = self._best(model, source_1S)[0]
-            said.append(restored(self._subwords.decode(best.tokens), marked[1]))
-            pictures = pictures or {"attention": self._picture(source_1S[0], best)}
+            best = translator.best(source_1S)[0]
+            said.append(restored(translator.text(best), marked[1]))
+            pictures = pictures or {"attention": translator.picture(source_1S[0], best)}
         text = "\n".join(said)
         if longest > self.settings.longest:
             text += f"\n(a line has {longest} subwords; the model learned from at most {self.settings.longest})"
@@ -210,21 +189,8 @@ def bleu(said: list[str], references: list[str]) -> float:
     return float(require("sacrebleu", extra="zoo", package="sacrebleu").corpus_bleu(said, [references]).score)
 
 
-def nearest_translations(sources: list[str], learned: list[str], translations: list[str]) -> list[str]:
-    """For each source the translation of the learned one that shares the most, and the rarest, pieces of words."""
-    text = require("sklearn.feature_extraction.text", extra="zoo", package="scikit-learn")
-    pieces = text.TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True).fit(learned)
-    likeness = pieces.transform(sources) @ pieces.transform(learned).T
-    return [translations[number] for number in likeness.argmax(axis=1).A1]
-
-
 def _subwords(facts: Facts) -> Subwords:
     return Subwords.from_json(cast(Facts, facts["subwords"]))
-
-
-def _readable(text: str) -> str:
-    """Marks of placeholders, and parts of characters, as people can read them."""
-    return restored(text, [f"<{number}>" for number in range(1, len(MARKS) + 1)]).replace("\ufffd", "?")
 
 
 TASK = Translate
