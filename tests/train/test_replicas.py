@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import millrace
 from millrace.errors import SettingError
 from millrace.replicas.session import ReplicatedSession
-from millrace.replicas.settings import LocalSteps, Sync
+from millrace.replicas.settings import Async, Hybrid, LocalSteps, Sync, Update
+from millrace.train.callbacks import Callback, RunView
 from millrace.train.fit import fit
 
 RATE = 0.1
@@ -123,3 +127,88 @@ def test_a_resumed_run_has_the_momentum_of_the_outer_rule(tmp_path: Path) -> Non
     found = trained(6, torch.float64, **data_of_six, resume=True, **settings)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12)
+
+
+EXAMPLES, BATCH = 48, 8
+
+
+def with_seen(net: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss, and a number whose bits are the examples that were seen."""
+    inputs, labels, ids = batch
+    return F.cross_entropy(net(inputs), labels), {"seen": torch.bitwise_left_shift(torch.ones_like(ids), ids).sum()}
+
+
+class Resizer(Callback):
+    """Has a run go through some sizes; the next one when all workers of one have been there for some steps."""
+
+    def __init__(self, sizes: list[int], workers_of_one: int) -> None:
+        self._sizes, self._workers_of_one = sizes, workers_of_one
+        self._size = self._steps = 0
+        self._began_s = time.monotonic()
+        self.seen: list[int] = []
+
+    def on_start(self, run: RunView) -> None:
+        self._next(run)
+
+    def on_step(self, run: RunView, step: int, values: Mapping[str, Any]) -> None:
+        self.seen.append(int(values["seen"]))
+        time.sleep(0.002)  # in which processes start
+        session = run._session  # type: ignore[attr-defined]
+        there = session.complete and len(session.workers) == self._size * self._workers_of_one
+        self._steps = self._steps + 1 if there else 0
+        assert time.monotonic() < self._began_s + 100, list(session.stories)[-10:]
+        if self._steps == 5:
+            self._next(run)
+
+    def _next(self, run: RunView) -> None:
+        self._steps = 0
+        if self._sizes:
+            self._size = self._sizes.pop(0)
+            run.resize(self._size)
+        else:
+            run.stop()
+
+
+def seen_while_resized(sizes: list[int] | None, **settings: Any) -> tuple[list[int], dict[str, Tensor], int]:
+    """What each step has seen, the weights after the last, and how many there were."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    data = torch.randn(EXAMPLES, 6, dtype=torch.float64), torch.randint(0, 3, (EXAMPLES,)), torch.arange(EXAMPLES)
+    update = settings.get("update")
+    resizer = Resizer(sizes or [], settings["replicas"] if isinstance(update, Hybrid) else 1)
+    result = fit(
+        net,
+        data,
+        loss=with_seen,
+        optimizer=millrace.optim.adagrad(0.1),
+        callbacks=[resizer] if sizes else [],
+        **{"epochs": 10**4, **QUIET, "batch_size": BATCH, **settings},
+    )
+    return resizer.seen, dict(net.state_dict()), result.steps
+
+
+@pytest.mark.parametrize(
+    "update",
+    [Sync(), Sync(parameter_servers=1, copies=False), LocalSteps(4), Async(copies=False), Hybrid(2, copies=False)],
+    ids=["sync", "sync over servers", "local steps", "async", "hybrid"],
+)
+def test_a_callback_has_more_and_fewer_replicas_train_and_no_example_is_seen_twice(update: Update) -> None:
+    """In each epoch every example is seen by one process once, and in sync the steps are those of one process."""
+    seen, weights, steps = seen_while_resized([3, 1, 2], replicas=2, spares=0, update=update)
+    assert len(seen) == steps
+    per_epoch = EXAMPLES // BATCH
+    for first in range(0, steps, per_epoch):
+        epoch = seen[first : first + per_epoch]
+        assert all(each.bit_count() == BATCH for each in epoch)
+        assert functools.reduce(int.__or__, epoch).bit_count() == BATCH * len(epoch)
+    if isinstance(update, Sync):
+        _, alone, _ = seen_while_resized(None, steps=steps)
+        for name, value in alone.items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-9, atol=1e-9)
+
+
+def test_what_cannot_be_resized_says_so() -> None:
+    with pytest.raises(SettingError, match=r"resize\(3\) is for a run over replicas: start it with replicas=2, say"):
+        seen_while_resized([3])
+    with pytest.raises(SettingError, match=r"resize\(0\): expected a whole number of at least 1"):
+        seen_while_resized([0], replicas=1, spares=0)

@@ -30,6 +30,13 @@ class RunView(Protocol):
         Where several batches are in work at once (asynchronous replicas), these are finished first.
         """
 
+    def resize(self, replicas: int) -> None:
+        """From the next step on, train in so many replicas (of `Hybrid`: in so many groups).
+
+        Those who come are started meanwhile and take the variables from others; the last ones end when they have pushed
+        what they are at. Raises: SettingError for a run without replicas, or where it is no number of them.
+        """
+
 
 class Callback:
     """Override what you need; every hook does nothing by itself.

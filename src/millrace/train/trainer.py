@@ -13,8 +13,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from millrace.data.batches import Batches
-from millrace.errors import FeedError, MillraceError, NonFiniteError, VariablesLostError
+from millrace.errors import FeedError, MillraceError, NonFiniteError, SettingError, VariablesLostError
 from millrace.graph.graph import TRAIN, Graph
+from millrace.replicas.members_session import MembersSession
 from millrace.runtime.remote_session import AnySession, RemoteSession
 from millrace.train.averages import averaged, put_averages
 from millrace.train.callbacks import CallbackList
@@ -76,6 +77,7 @@ class Trainer:
         self._data_error: Exception | None = None
         self._saving: list[tuple[int, Path]] = []  # begun, not yet announced to the callbacks
         self._restarts = Restarts()
+        self._resized_to: int | None = None
         self._started_s = started_s
         self._first_step_s = 0.0
 
@@ -96,6 +98,16 @@ class Trainer:
         self._pull_later = self._in_stretch
         if self._session is not None and not self._pull_later:
             self._session.pull()
+
+    def resize(self, replicas: int) -> None:
+        """From the next step on, train in so many replicas; see `RunView.resize`."""
+        session = self._session
+        if not isinstance(session, MembersSession):
+            raise SettingError(f"resize({replicas!r}) is for a run over replicas: start it with replicas=2, say")
+        session.resize(replicas)
+        if replicas != self._resized_to:
+            self._journal.say(f"resized to {replicas} after step {self.step}")
+        self._resized_to = replicas
 
     def run(self) -> Result:
         """Train until the plan is done, something asks to stop, or an error ends it.
