@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from millrace.runtime import handshake
+from millrace.runtime import proof
 
-handshake.__version__ = "99.0"
+proof.__version__ = "99.0"

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millrace.errors import SettingError, WorkerError
-from millrace.runtime import handshake
+from millrace.runtime import handshake, proof
 from millrace.runtime.handshake import Listener, dial, listen, new_token
 
 TOKEN = new_token()
@@ -51,14 +51,20 @@ def accepting(listener: Listener, timeout_s: float = 5.0) -> Iterator[Future[tup
         yield pool.submit(listener.accept, TOKEN, timeout_s)
 
 
-def another_version() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("another_handshake", handshake.__file__)
+def loaded_again(module: ModuleType) -> Any:
+    spec = importlib.util.spec_from_file_location("another_" + module.__name__.rpartition(".")[2], module.__file__)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.__version__ = "99.0"  # type: ignore[attr-defined]
-    return module
+    another = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(another)
+    return another
+
+
+def another_version() -> Any:
+    theirs, another = loaded_again(proof), loaded_again(handshake)
+    theirs.__version__ = "99.0"
+    another.ask, another.answer = theirs.ask, theirs.answer
+    return another
 
 
 @pytest.mark.parametrize("where", WHERE)
@@ -125,11 +131,11 @@ def test_one_who_does_not_check_us_must_prove_itself_all_the_same(tmp_path: Path
     with listening(WHERE[0], tmp_path) as (listener, refused), accepting(listener) as accepted:
         for forged in (None, "0" * 64, 3, "é"):
             with raw(listener.address) as stranger:
-                stranger.sendall(handshake._framed({"version": handshake.__version__, "nonce": "0" * 64}))
+                stranger.sendall(proof._framed({"version": proof.__version__, "nonce": "0" * 64}))
                 head = stranger.recv(10, socket.MSG_WAITALL)
                 answer = json.loads(stranger.recv(struct.unpack("<8sH", head)[1], socket.MSG_WAITALL))
-                proof = answer["proof"] if forged is None else forged
-                stranger.sendall(handshake._framed({"proof": proof, "hello": "{}"}))
+                proven = answer["proof"] if forged is None else forged
+                stranger.sendall(proof._framed({"proof": proven, "hello": "{}"}))
                 assert b"refused" in stranger.recv(100)
         dial(listener.address, TOKEN, {}, 5.0).close()
         accepted.result()[0].close()
@@ -148,7 +154,7 @@ def test_another_version_is_refused_on_both_sides_with_both_versions(theirs: str
             accepted.result()
     for text in (str(caught.value), *refused):
         assert "99.0" in text
-        assert handshake.__version__ in text
+        assert proof.__version__ in text
     assert len(refused) == 1
 
 
@@ -164,8 +170,8 @@ def test_strangers_are_refused_and_the_next_one_gets_through(
         head.pack(b"millrace", 4096) + b"[" * 4096: "damaged",
         head.pack(b"millrace", 2) + b"[]": "damaged",
         head.pack(b"millrace", 0): "damaged",
-        handshake._framed({"version": handshake.__version__}): "without its nonce",
-        handshake._framed({"version": ["x"] * 500}): "is millrace",
+        proof._framed({"version": proof.__version__}): "without its nonce",
+        proof._framed({"version": ["x"] * 500}): "is millrace",
         b"mill": "said nothing, or not enough",
         b"": "said nothing, or not enough",
     }
@@ -198,7 +204,7 @@ def test_many_silent_strangers_do_not_keep_ours_out(tmp_path: Path) -> None:
 @given(st.binary(max_size=200))
 def test_any_bytes_at_all_only_get_a_stranger_refused(content: bytes) -> None:
     def fed() -> None:
-        steps = handshake._answer(lambda _: None, TOKEN)
+        steps = proof.answer(lambda _: None, TOKEN)
         needed, at = next(steps), 0
         while at + needed <= len(content):
             needed, at = steps.send(content[at : at + needed]), at + needed
@@ -237,7 +243,7 @@ def test_an_impostor_who_listens_learns_nothing_that_helps(tmp_path: Path) -> No
         with connection:
             asked = connection.recv(4096)
             nonce = json.loads(asked[10:])["nonce"]
-            connection.sendall(handshake._framed({"version": handshake.__version__, "nonce": nonce, "proof": "0" * 64}))
+            connection.sendall(proof._framed({"version": proof.__version__, "nonce": nonce, "proof": "0" * 64}))
             with pytest.raises(WorkerError, match="another token"):
                 dialed.result()
             assert b"secret" not in asked + connection.recv(4096)

@@ -1,53 +1,26 @@
-"""Connections whose two ends have proved to each other that they belong to one run.
-
-Both know the run's token, a secret that never travels. Each sends a number of its own (a nonce) and proves that it
-knows the token by an HMAC over both numbers, the listener first. Four frames, each of a fixed head (what we are, the
-length) and at most 4 KiB of JSON, so that a stranger cannot make us allocate or wait:
-
-    dialer    version, nonce
-    listener  version, nonce, proof
-    dialer    proof (over what follows, too), hello: whatever it wants to say of itself
-    listener  welcome
-
-Nothing is encrypted: who can read the network can read what is sent later. Keep runs to networks that you trust.
-"""
+"""Connections whose two ends have proved to each other that they belong to one run; what they say is in `proof`."""
 
 from __future__ import annotations
 
-import contextlib
-import hmac
-import json
-import os
 import secrets
 import selectors
 import socket
-import struct
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from millrace.errors import SettingError, WorkerError
-from millrace.version import __version__
+from millrace.errors import WorkerError
+from millrace.runtime.addresses import connected_to, described, listening_at, tune
+from millrace.runtime.proof import Fields, Steps, answer, ask
 
-_HEAD = struct.Struct("<8sH")
-_MAGIC = b"millrace"
-_LONGEST_BYTES = 4096
-_NONCE_BYTES = 32
-_SHORTEST_TOKEN_BYTES = 16
 _PENDING = 64  # handshakes at a time; one more drops the oldest
 _HANDSHAKE_S = 5.0  # for the other side of one, while we listen
-_RETRY_S = 0.005
-_UNIX_BUFFER_BYTES = 2**20  # more is slower, as it leaves the cache; TCP finds its own size
-
-_Fields = dict[str, Any]
-_Steps = Generator[int, bytes, _Fields]  # yields how many bytes it reads next; returns the other's hello
 
 
 class _Pending(NamedTuple):
-    steps: _Steps
+    steps: Steps
     read: bytearray
     needed: int
     deadline_s: float
@@ -66,7 +39,7 @@ class Listener:
         self._selector = selectors.DefaultSelector()
         self._selector.register(listening, selectors.EVENT_READ)
         self._pending: dict[socket.socket, _Pending] = {}
-        self._proven: deque[tuple[socket.socket, _Fields]] = deque()
+        self._proven: deque[tuple[socket.socket, Fields]] = deque()
 
     def fileno(self) -> int:
         """A descriptor that is readable when `ready` has something to do."""
@@ -127,8 +100,8 @@ class Listener:
         if len(self._pending) >= _PENDING:
             self._refuse(next(iter(self._pending)), "had said nothing yet when too many others came")
         connection.setblocking(False)
-        _tune(connection)
-        steps = _answer(connection.send, token)
+        tune(connection)
+        steps = answer(connection.send, token)
         self._pending[connection] = _Pending(steps, bytearray(), next(steps), time.monotonic() + _HANDSHAKE_S)
         self._selector.register(connection, selectors.EVENT_READ)
 
@@ -152,7 +125,7 @@ class Listener:
 
     def _refuse(self, connection: socket.socket, why: str) -> None:
         self._forget(connection)
-        who = _described(connection)
+        who = described(connection)
         connection.close()
         self._on_refused(f"{who} dialed {self.address} and was refused: it {why}.")
 
@@ -171,15 +144,8 @@ def listen(where: str, on_refused: Callable[[str], None] = lambda _: None) -> Li
 
     Raises: SettingError when it is no such place; WorkerError when one cannot listen there.
     """
-    kind, place = _parts(where)
     try:
-        if kind == "tcp":
-            listening = socket.create_server(place, backlog=128)
-            host, port = listening.getsockname()[:2]
-            address = f"tcp:{host}:{port}"
-        else:
-            address = where
-            listening = _listen_at(Path(where.removeprefix("unix:")))
+        listening, address = listening_at(where)
     except OSError as error:
         raise WorkerError(f"cannot listen at {where}: {error.strerror or error}. Choose another place.") from error
     listening.setblocking(False)
@@ -199,13 +165,13 @@ def dial(address: str, token: bytes, hello: Mapping[str, Any], timeout_s: float)
     """
     deadline_s = time.monotonic() + timeout_s
     try:
-        connection = _connect(address, deadline_s)
+        connection = connected_to(address, deadline_s)
     except OSError as error:
         raise WorkerError(
             f"nobody answers at {address} ({error.strerror or error}). The run it belongs to may have ended."
         ) from error
     try:
-        _tune(connection)
+        tune(connection)
         _ask_through(connection, token, hello, deadline_s)
     except TimeoutError:
         connection.close()
@@ -233,106 +199,14 @@ def new_token() -> bytes:
     return secrets.token_bytes(32)
 
 
-def _answer(write: Callable[[bytes], object], token: bytes) -> _Steps:
-    """The listener's side."""
-    asked = yield from _frame()
-    if asked.get("version") != __version__:
-        _try(write, {"version": __version__})
-        raise WorkerError(_other_version(asked))
-    theirs, ours = _text(asked, "nonce"), secrets.token_hex(_NONCE_BYTES)
-    write(_framed({"version": __version__, "nonce": ours, "proof": _proof(token, "listener", theirs, ours, "")}))
-    proven = yield from _frame()
-    hello = _text(proven, "hello") if "proof" in proven else ""
-    if not hmac.compare_digest(
-        str(proven.get("proof")).encode(), _proof(token, "dialer", theirs, ours, hello).encode()
-    ):
-        _try(write, {"refused": "token"})
-        raise WorkerError("has another token: it belongs to another run")
-    write(_framed({"welcome": True}))
-    return _object(hello.encode())
-
-
-def _ask(write: Callable[[bytes], object], token: bytes, fields: Mapping[str, Any]) -> _Steps:
-    """The dialer's side."""
-    ours, hello = secrets.token_hex(_NONCE_BYTES), json.dumps(dict(fields))
-    write(_framed({"version": __version__, "nonce": ours}))
-    answer = yield from _frame()
-    if answer.get("version") != __version__:
-        raise WorkerError(_other_version(answer))
-    theirs = _text(answer, "nonce")
-    if not hmac.compare_digest(_text(answer, "proof").encode(), _proof(token, "listener", ours, theirs, "").encode()):
-        _try(write, {"refused": "token"})
-        raise WorkerError("has another token: it belongs to another run")
-    write(_framed({"proof": _proof(token, "dialer", ours, theirs, hello), "hello": hello}))
-    end = yield from _frame()
-    if not end.get("welcome"):
-        raise WorkerError("did not take this process for one of its run")
-    return {}
-
-
 def _ask_through(connection: socket.socket, token: bytes, fields: Mapping[str, Any], deadline_s: float) -> None:
-    steps = _ask(connection.sendall, token, fields)
+    steps = ask(connection.sendall, token, fields)
     try:
         needed = next(steps)
         while True:
             needed = steps.send(_exactly(connection, needed, deadline_s))
     except StopIteration:
         pass
-
-
-def _try(write: Callable[[bytes], object], fields: _Fields) -> None:
-    with contextlib.suppress(OSError):  # it need not wait for what we say
-        write(_framed(fields))
-
-
-def _frame() -> _Steps:
-    head = yield _HEAD.size
-    magic, length = _HEAD.unpack(head)
-    if magic != _MAGIC:
-        raise WorkerError(f"does not speak millrace's language (it began with {head!r})")
-    if length > _LONGEST_BYTES:
-        raise WorkerError(f"sent {length} bytes where a handshake has at most {_LONGEST_BYTES}")
-    return _object((yield length))
-
-
-def _framed(fields: _Fields) -> bytes:
-    content = json.dumps(fields).encode()
-    if len(content) > _LONGEST_BYTES:
-        raise SettingError(f"a hello of {len(content)} bytes does not fit into {_LONGEST_BYTES}. Send it afterwards.")
-    return _HEAD.pack(_MAGIC, len(content)) + content
-
-
-def _object(content: bytes) -> _Fields:
-    try:
-        fields = json.loads(content)
-    except (ValueError, RecursionError):
-        fields = None
-    if not isinstance(fields, dict):
-        raise WorkerError("sent a damaged handshake")
-    return fields
-
-
-def _text(fields: _Fields, name: str) -> str:
-    value = fields.get(name)
-    if not isinstance(value, str):
-        raise WorkerError(f"sent a handshake without its {name}")
-    return value
-
-
-def _proof(token: bytes, side: str, dialers: str, listeners: str, hello: str) -> str:
-    if len(token) < _SHORTEST_TOKEN_BYTES:
-        raise SettingError(
-            f"a run's token has at least {_SHORTEST_TOKEN_BYTES} bytes; got {len(token)}. See `new_token`."
-        )
-    # As JSON, so that no part can pass for a piece of another one.
-    return hmac.digest(token, json.dumps([side, __version__, dialers, listeners, hello]).encode(), "sha256").hex()
-
-
-def _other_version(fields: _Fields) -> str:
-    return (
-        f"is millrace {str(fields.get('version'))[:40]!r} where this is {__version__!r}: install the same version on "
-        "all machines of a run"
-    )
 
 
 def _exactly(connection: socket.socket, count: int, deadline_s: float) -> bytes:
@@ -344,81 +218,3 @@ def _exactly(connection: socket.socket, count: int, deadline_s: float) -> bytes:
             raise WorkerError("ended the handshake, and does not say why: it is no run of millrace, or has just ended")
         content += more
     return content
-
-
-def _parts(where: str) -> tuple[str, tuple[str, int]]:
-    kind, _, rest = where.partition(":")
-    host, _, port = rest.rpartition(":")
-    if kind == "unix" and rest:
-        return kind, ("", 0)
-    if kind == "tcp" and host and port.isdecimal():
-        return kind, (host, int(port))
-    raise SettingError(f"{where!r} is no address: expected 'unix:/path' or 'tcp:HOST:PORT'.")
-
-
-def _listen_at(path: Path) -> socket.socket:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if path.parent.stat().st_mode & 0o077:
-        raise SettingError(f"{path.parent} must be for its owner alone (mode 0700) to hold sockets of a run.")
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        with _short(path) as short:
-            listening.bind(short)
-        listening.listen(128)
-    except BaseException:
-        listening.close()
-        raise
-    return listening
-
-
-def _connect(address: str, deadline_s: float) -> socket.socket:
-    kind, place = _parts(address)
-    left_s = max(deadline_s - time.monotonic(), 1e-6)
-    if kind == "tcp":
-        return socket.create_connection(place, left_s)
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        connection.settimeout(left_s)
-        with _short(Path(address.removeprefix("unix:"))) as short:
-            while True:
-                try:
-                    connection.connect(short)
-                    return connection
-                except BlockingIOError:  # so many wait already
-                    if time.monotonic() > deadline_s:
-                        raise
-                    time.sleep(_RETRY_S)
-    except BaseException:
-        connection.close()
-        raise
-
-
-@contextlib.contextmanager
-def _short(path: Path) -> Iterator[str]:
-    """Another name of the path, as the system takes only about 100 characters for a socket's."""
-    if sys.platform != "linux":
-        yield str(path)
-        return
-    directory = os.open(path.parent, os.O_DIRECTORY)
-    try:
-        yield f"/proc/self/fd/{directory}/{path.name}"
-    finally:
-        os.close(directory)
-
-
-def _tune(connection: socket.socket) -> None:
-    if connection.family == socket.AF_UNIX:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_BUFFER_BYTES)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _UNIX_BUFFER_BYTES)
-    else:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def _described(connection: socket.socket) -> str:
-    if connection.family == socket.AF_UNIX:
-        return "a process of this host"
-    try:
-        host, port = connection.getpeername()[:2]
-    except OSError:
-        return "somebody who is gone"
-    return f"{host}:{port}"
