@@ -106,7 +106,7 @@ class ServerSession(MembersSession):
         self._began_s: dict[str, float] = {}
         self._tiers: deque[str] = deque(maxlen=replicas)
         self._sizes = _sizes(update, replicas, spares)
-        self._pool = self._new_pool()
+        self._repeats = self._dropped = 0  # of the pools before this one
         self._start()
 
     def _new_pool(self) -> Pool:
@@ -116,9 +116,13 @@ class ServerSession(MembersSession):
         self._step = 0  # the next one
         for forgotten in (self._open, self._done, self._answers, self._began_s):
             forgotten.clear()
-        before, self._pool = self._pool, self._new_pool()
-        self._pool.repeats, self._pool.dropped = before.repeats, before.dropped
+        self._pool = self._new_pool()
         self._carry_out(self._pool.start())
+
+    def begin_again(self) -> None:
+        """See `RemoteSession.begin_again`."""
+        self._repeats, self._dropped = self.repeats, self.dropped
+        super().begin_again()
 
     # -- running --------------------------------------------------------------------------------------------------
 
@@ -156,7 +160,7 @@ class ServerSession(MembersSession):
     @property
     def repeats(self) -> int:
         """How many batches or slices were given out again, as their worker was lost."""
-        return self._pool.repeats
+        return self._repeats + self._pool.repeats
 
     def _resize(self, replicas: int) -> None:
         """From now on have so many workers (sync: and slices, from the next step on). More are started and fetch the
@@ -183,7 +187,7 @@ class ServerSession(MembersSession):
     @property
     def dropped(self) -> int:
         """How many pushes came too late to count (of backup workers)."""
-        return self._pool.dropped
+        return self._dropped + self._pool.dropped
 
     @property
     def mean_staleness(self) -> float:

@@ -12,10 +12,12 @@ from typing import Any, Unpack
 import torch
 from torch import nn
 
+from millrace.compile.tiered import Say
 from millrace.data.batches import START, Batches
 from millrace.data.iterables import OnceBatches
 from millrace.data.sources import as_batches
 from millrace.errors import DataError, SettingError, did_you_mean
+from millrace.graph.graph import Graph
 from millrace.graph.passes.splitting.split import split
 from millrace.graph.training import Loss, UpdateRule, training_graph
 from millrace.optim.optimizer import Optimizer
@@ -32,6 +34,8 @@ from millrace.train.result import Result
 from millrace.train.run_directory import RunDirectory
 from millrace.train.saving import Place, Saver
 from millrace.train.trainer import Trainer
+
+_AnyOptimizer = torch.optim.Optimizer | UpdateRule
 
 
 def fit(
@@ -109,29 +113,17 @@ def fit(
     KeyboardInterrupt after Ctrl-C, once everything is saved.
     """
     started_s = time.monotonic()
-    plan = _plan(settings)
-    recorded = plan.as_config()
-    if plan.resume:
-        plan.refuse_changes(RunDirectory.open(Path(str(plan.run_dir))).config.get("fit", {}))
-    if isinstance(optimizer, Optimizer) and plan.accumulate > 1:
-        optimizer, plan = replace(optimizer, accumulate=plan.accumulate), replace(plan, accumulate=1)
-    if isinstance(optimizer, Optimizer) and plan.schedule is not None:
-        raise SettingError("schedule is for torch.optim; give a millrace optimizer its schedule as learning_rate=…")
-    if plan.early_stopping is not None and validation is None:
-        raise SettingError("early_stopping watches the evaluation: pass validation=…, the data to evaluate on")
-    if isinstance(rule := update_of(plan.update), LocalSteps):
-        plan = replace(plan, steps_per_call=rule.every)
+    given = _plan(settings)
+    plan, optimizer = _agreed(given, optimizer, validated=validation is not None)
     batches = as_batches(data, batch_size=batch_size, seed=plan.seed)
     held_out = None if validation is None else _held_out(validation, batch_size)
     if device is not None:
         _move(model, optimizer, device)
     model.train()
-    with _run_directory(plan, {**(config or {}), "fit": recorded}) or nullcontext() as run:
+    with _run_directory(plan, {**(config or {}), "fit": given.as_config()}) or nullcontext() as run:
         saver, resumed = _saver(plan, run, validated=held_out is not None)
-        if resumed is not None:
-            batches.seek(resumed[0].position)
-        elif batches.handed_out:
-            batches.seek(START)  # whoever has looked at the batches before, or trained on them
+        if resumed is not None or batches.handed_out:  # somebody may have looked at the batches before
+            batches.seek(resumed[0].position if resumed is not None else START)
         progress = Progress(
             _total_steps(plan, batches.batches_per_epoch),
             first_step=resumed[0].step if resumed else 0,
@@ -140,32 +132,16 @@ def fit(
         )
         say = sayer(run, progress)
         evaluator = Evaluator(model, loss, precision=plan.precision, compile=plan.compile, say=say)
-        devices = None if plan.devices is None or plan.replicas else DeviceRun(plan, say)
-        replicas = None if plan.replicas is None else ReplicaRun(plan, say)
+        elsewhere = _elsewhere(plan, say)
+        places = elsewhere.places if isinstance(elsewhere, DeviceRun) else None
         trainer = Trainer(
             plan,
-            lambda batch: split(
-                training_graph(
-                    model,
-                    loss,
-                    optimizer,
-                    batch,
-                    precision=plan.precision,
-                    schedule=plan.schedule,
-                    accumulate=plan.accumulate,
-                    seed=plan.seed,
-                ),
-                plan.partitions,
-            ),
-            devices.session
-            if devices
-            else replicas.session
-            if replicas
-            else lambda graph: Session(graph, compile=plan.compile, say=say),
+            lambda batch: _step(plan, model, loss, optimizer, batch),
+            elsewhere.session if elsewhere else lambda graph: Session(graph, compile=plan.compile, say=say),
             batches,
             evaluate=None if held_out is None else lambda: evaluator.means(held_out.one_pass()),
-            callbacks=CallbackList([*(own for own in (devices, replicas) if own is not None), *callbacks]),
-            journal=Journal(run, progress, log_every=plan.log_every, places=devices.places if devices else None),
+            callbacks=CallbackList([*([elsewhere] if elsewhere else []), *callbacks]),
+            journal=Journal(run, progress, log_every=plan.log_every, places=places),
             run=run,
             saver=saver,
             resumed=resumed,
@@ -173,7 +149,7 @@ def fit(
         )
         with progress:
             result = trainer.run()
-        return replicas.completed(result) if replicas else result
+        return elsewhere.completed(result) if isinstance(elsewhere, ReplicaRun) else result
 
 
 def _plan(settings: Mapping[str, Any]) -> Plan:
@@ -182,6 +158,46 @@ def _plan(settings: Mapping[str, Any]) -> Plan:
         if name not in known:
             raise SettingError(f"fit has no setting {name!r}. {did_you_mean(name, known)}")
     return Plan(**settings)
+
+
+def _agreed(plan: Plan, optimizer: _AnyOptimizer, *, validated: bool) -> tuple[Plan, _AnyOptimizer]:
+    """The plan and the optimizer, as they agree with each other, with the run that goes on and with the data.
+
+    Raises: SettingError where they do not.
+    """
+    if plan.resume:
+        plan.refuse_changes(RunDirectory.open(Path(str(plan.run_dir))).config.get("fit", {}))
+    if isinstance(optimizer, Optimizer) and plan.accumulate > 1:
+        optimizer, plan = replace(optimizer, accumulate=plan.accumulate), replace(plan, accumulate=1)
+    if isinstance(optimizer, Optimizer) and plan.schedule is not None:
+        raise SettingError("schedule is for torch.optim; give a millrace optimizer its schedule as learning_rate=…")
+    if plan.early_stopping is not None and not validated:
+        raise SettingError("early_stopping watches the evaluation: pass validation=…, the data to evaluate on")
+    if isinstance(rule := update_of(plan.update), LocalSteps):
+        plan = replace(plan, steps_per_call=rule.every)
+    return plan, optimizer
+
+
+def _step(plan: Plan, model: nn.Module, loss: Loss, optimizer: _AnyOptimizer, batch: Any) -> Graph:
+    """One training step, traced for a batch."""
+    graph = training_graph(
+        model,
+        loss,
+        optimizer,
+        batch,
+        precision=plan.precision,
+        schedule=plan.schedule,
+        accumulate=plan.accumulate,
+        seed=plan.seed,
+    )
+    return split(graph, plan.partitions)
+
+
+def _elsewhere(plan: Plan, say: Say) -> DeviceRun | ReplicaRun | None:
+    """Where the steps run, if not in this process."""
+    if plan.replicas is not None:
+        return ReplicaRun(plan, say)
+    return None if plan.devices is None else DeviceRun(plan, say)
 
 
 def _run_directory(plan: Plan, config: Mapping[str, Any]) -> RunDirectory | None:
