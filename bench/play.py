@@ -34,7 +34,15 @@ PAGE = RESULTS.parent.parent / "docs" / "zoo" / "play.md"
 PEER = Path(__file__).parent / "peers" / "dqn_loop.py"
 GAMES = ("Pong", "Breakout", "SpaceInvaders")
 # What both do; the peer has it in its own constants.
-SETTINGS = ("batch_size=32", "every=4", "learning_rate=1e-4", "target_every=250", "double=false", "warm_up=1000")
+SETTINGS = (
+    "batch_size=32",
+    "every=4",
+    "learning_rate=1e-4",
+    "target_every=250",
+    "double=false",
+    "warm_up=1000",
+    "threads=none",
+)
 
 
 class Stopwatch(Callback):

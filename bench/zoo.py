@@ -5,8 +5,8 @@
 
 A task is trained with its defaults in a directory of its own and evaluated on its test data; then steps of the same
 model on the same batches are timed: Millrace's compiled ones, and a plain PyTorch loop (forward, backward, AdamW, no
-compiler), in turn. Each task's figures are kept in bench/results/zoo.json, and the table of docs/zoo/README.md is
-written from all that is kept there. Prints one JSON line per task.
+compiler; Adagrad where gradients are sparse), in turn. Each task's figures are kept in bench/results/zoo.json, and the
+table of docs/zoo/README.md is written from all that is kept there. Prints one JSON line per task.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def race(name: str) -> dict[str, Any]:
     examples = len(next(leaf for leaf in torch.utils._pytree.tree_leaves(batches[0]) if isinstance(leaf, Tensor)))
     graph = training_graph(model.train(), task.loss, task.optimizer(model, total_steps(settings, data)), batches[0])
     session = Session(graph, compile="inductor", copy=True)
-    rule = torch.optim.AdamW(own.train().parameters(), lr=1e-4)
+    sparse = any(getattr(module, "sparse", False) for module in own.modules())  # of which AdamW would take no gradient
+    rule = (torch.optim.Adagrad if sparse else torch.optim.AdamW)(own.train().parameters(), lr=1e-4)
 
     def eager(batch: Any) -> None:
         rule.zero_grad()
