@@ -13,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from millrace.data.audio import plain_text, read_wav, resampled, sentence_folder, sentence_table, write_wav
+from millrace.data.audio import (
+    SpokenSentences,
+    plain_text,
+    read_wav,
+    resampled,
+    sentence_folder,
+    sentence_table,
+    split_by_text,
+    write_wav,
+)
 from millrace.errors import DataError
 
 
@@ -129,3 +138,26 @@ def test_a_hugging_face_table_of_wav_bytes(tmp_path: Path) -> None:
 
 def test_plain_text() -> None:
     assert plain_text(" It's  5 O'CLOCK; é! ") == "it's 5 o'clock é"
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.integers(0, 30), min_size=10, max_size=80).filter(lambda found: len(set(found)) >= 10), st.integers()
+)
+def test_no_text_is_in_two_parts_and_all_are_in_one(numbers: list[int], seed: int) -> None:
+    sentences = SpokenSentences([torch.tensor([n]) for n in range(len(numbers))], [f"say {n}" for n in numbers])
+    parts = split_by_text(sentences, "it", seed)
+    texts = [set(part.texts) for part in parts]
+    assert all(texts)
+    assert not texts[0] & texts[1] | texts[0] & texts[2] | texts[1] & texts[2]
+    assert len(texts[0]) >= 0.75 * len(set(numbers))
+    there = sorted(int(recording) for part in parts for recording in part.recordings)
+    assert there == list(range(len(numbers)))
+    for part in parts:
+        for recording, text in zip(part.recordings, part.texts, strict=True):
+            assert text == sentences.texts[int(recording)]
+
+
+def test_too_few_texts_cannot_be_divided() -> None:
+    with pytest.raises(DataError, match="it holds 9 different sentences, but at least 10"):
+        split_by_text(SpokenSentences([torch.zeros(1)] * 18, [f"say {n}" for n in range(9)] * 2), "it", 0)

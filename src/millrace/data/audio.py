@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from millrace.data.split import holdout
 from millrace.errors import DataError
 
 
@@ -117,6 +118,29 @@ def sentence_table(table: Any, rate_hz: int, name: str) -> SpokenSentences:
         sentences.recordings.append(_from_cell(row["audio"], f"row {number} of {name}", rate_hz))
         sentences.texts.append(plain_text(str(row[named[0]])))
     return sentences
+
+
+def split_by_text(
+    sentences: SpokenSentences, name: str, seed: int
+) -> tuple[SpokenSentences, SpokenSentences, SpokenSentences]:
+    """In three parts that share no text, for training, validation and the test: about 80 %, 10 % and 10 % of the texts.
+
+    Args:
+        sentences: to divide; those with one text stay together.
+        name: of where they are from, for messages.
+        seed: of the choice.
+
+    Raises:
+        DataError: there are fewer than ten texts.
+    """
+    texts = sorted(set(sentences.texts))
+    if len(texts) < 10:
+        raise DataError(f"{name} holds {len(texts)} different sentences, but at least 10 are needed. Add some.")
+    rest, test = holdout(len(texts), 0.1, seed)
+    inner = holdout(len(rest), 0.1, seed)
+    parts = ({texts[n] for n in part.tolist()} for part in (rest[inner.train], rest[inner.held_out], test))
+    train, validation, held_out = (sentences.only(part) for part in parts)
+    return train, validation, held_out
 
 
 def plain_text(text: str) -> str:

@@ -6,8 +6,6 @@ Shape suffixes: B utterances, F frames (10 ms), T steps of the network (30 ms), 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from millrace.data.audio import SpokenSentences, read_wav, sentence_folder, sentence_table
+from millrace.data.audio import SpokenSentences, read_wav, sentence_folder, sentence_table, split_by_text
 from millrace.data.batches import Batches, Json
 from millrace.data.commands import spoken_commands
 from millrace.data.espeak import Espeak
@@ -24,14 +22,13 @@ from millrace.data.factory import Factory, Recipe
 from millrace.data.log_mel import SpeechFeatures
 from millrace.data.prefetch import prefetched
 from millrace.data.speech import AtDecibels, speech_batches
-from millrace.data.split import holdout
 from millrace.data.text import CharVocabulary
 from millrace.errors import DataError
-from millrace.models.ctc import edit_distance
 from millrace.models.recognizer import Recognizer
+from millrace.models.word_errors import word_errors
 from millrace.optim.constructors import adamw
 from millrace.optim.optimizer import Optimizer
-from millrace.optim.schedule import Cosine, Warmup
+from millrace.optim.schedule import warmup_cosine
 from millrace.zoo.base import Facts, Pictures, Prediction, Task, TaskData
 from millrace.zoo.extras import require
 from millrace.zoo.settings import Settings, setting
@@ -130,21 +127,20 @@ class Speech(Task[SpeechSettings]):
 
     def optimizer(self, model: nn.Module, steps: int) -> Optimizer:
         """AdamW on clipped gradients; the rate climbs shortly and falls along a cosine."""
-        climb = max(1, steps // 10)
-        rate = Warmup(climb, Cosine(self.settings.learning_rate, steps=max(1, steps - climb)))
+        rate = warmup_cosine(self.settings.learning_rate, steps, warmup=steps // 10)
         return adamw(rate, weight_decay=0.01, clip_norm=1.0)
 
     def evaluate(self, model: nn.Module, batches: Batches) -> dict[str, float]:
         """Loss, and word errors of what is heard in known words: over all conditions, and under each."""
         recognizer = cast(Recognizer, model)
-        return super().evaluate(model, batches) | word_errors(recognizer, recognizer.words_of, batches)
+        return super().evaluate(model, batches) | word_errors(recognizer, recognizer.words_of, batches, [*CONDITIONS])
 
     def report(self, model: nn.Module, data: TaskData) -> str:
         """Word errors under each condition, also without a list of words, and what was heard in some noise."""
         recognizer = cast(Recognizer, model)
         lines = ["word error".ljust(18) + "".join(name.rjust(8) for name in CONDITIONS)]
         for name, read in {"known words": recognizer.words_of, "letter by letter": recognizer.letters_of}.items():
-            errors = word_errors(recognizer, read, data.test)
+            errors = word_errors(recognizer, read, data.test, [*CONDITIONS])
             lines.append(name.ljust(18) + "".join(f"{errors[f'word_error_{c}']:8.1%}" for c in CONDITIONS))
         batch = next(data.test.one_pass())
         paths = recognizer.heard(batch["features"], batch["frames"])
@@ -172,20 +168,6 @@ class Speech(Task[SpeechSettings]):
         return Prediction(f"{words} (letter by letter: {letters})", {"text": words, "letters": letters}, picture)
 
 
-def word_errors(model: Recognizer, read: Callable[[Tensor], str], batches: Batches) -> dict[str, float]:
-    """Wrong words over words: "word_error" over all, and "word_error_clean", … under each condition."""
-    errors: Counter[str] = Counter()
-    spoken: Counter[str] = Counter()
-    for batch in batches.one_pass():
-        paths = model.heard(batch["features"], batch["frames"])
-        for path_TV, letters, version in zip(paths, batch["letters"].tolist(), batch["version"].tolist(), strict=True):
-            said, condition = model.text(letters).split(), [*CONDITIONS][version]
-            errors[condition] += edit_distance(read(path_TV).split(), said)
-            spoken[condition] += len(said)
-    each = {f"word_error_{name}": errors[name] / spoken[name] for name in CONDITIONS}
-    return {"word_error": errors.total() / spoken.total(), **each}
-
-
 def _vocabulary(facts: Facts) -> CharVocabulary:
     return CharVocabulary.from_json(cast(Facts, facts["letters"]))
 
@@ -198,14 +180,7 @@ def _own(name: str) -> tuple[SpokenSentences, SpokenSentences, SpokenSentences]:
         datasets = require("datasets", extra="huggingface", package="Hugging Face's datasets")
         table = datasets.load_dataset(name, split="train").cast_column("audio", datasets.Audio(decode=False))
         sentences = sentence_table(table, RATE_HZ, name)
-    texts = sorted(set(sentences.texts))
-    if len(texts) < 10:
-        raise DataError(f"{name} holds {len(texts)} different sentences, but at least 10 are needed. Add some.")
-    rest, test = holdout(len(texts), 0.1, _SPLIT_SEED)
-    inner = holdout(len(rest), 0.1, _SPLIT_SEED)
-    parts = ({texts[n] for n in part.tolist()} for part in (rest[inner.train], rest[inner.held_out], test))
-    train, validation, held_out = (sentences.only(part) for part in parts)
-    return train, validation, held_out
+    return split_by_text(sentences, name, _SPLIT_SEED)
 
 
 TASK = Speech
