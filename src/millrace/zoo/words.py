@@ -19,6 +19,7 @@ from millrace.data.corpus import corpus, divided
 from millrace.data.planted import planted
 from millrace.data.skipgram import SkipGramBatches, kept_shares
 from millrace.data.sources import as_batches
+from millrace.data.text_files import read_text
 from millrace.data.vocabulary import WordVocabulary, words_of
 from millrace.errors import DataError
 from millrace.models.skipgram import SkipGram, negative_sampling, sampled_softmax
@@ -27,9 +28,8 @@ from millrace.models.word_vectors import WordVectors, terms
 from millrace.optim.constructors import adagrad, sgd
 from millrace.optim.optimizer import Optimizer
 from millrace.optim.schedule import Linear
-from millrace.train.callbacks import Callback, RunView
-from millrace.train.projector import write_projector
-from millrace.train.run_state import Outcome
+from millrace.train.callbacks import Callback
+from millrace.train.projector import ShowVectors
 from millrace.zoo.base import Facts, Pictures, Prediction, Task, TaskData
 from millrace.zoo.settings import Settings, setting
 
@@ -138,7 +138,7 @@ class Words(Task[WordsSettings]):
     def callbacks(self, model: nn.Module, data: TaskData) -> Iterable[Callback]:
         """TensorBoard's projector shows the vectors."""
         assert isinstance(model, SkipGram)
-        return [_Projector(model, _vocabulary(data.facts).words)]
+        return [ShowVectors("words", lambda: model.words.weight, _vocabulary(data.facts).words, _SHOWN)]
 
     def report(self, model: nn.Module, data: TaskData) -> str:
         """The neighbours of some words."""
@@ -164,7 +164,7 @@ class Words(Task[WordsSettings]):
 
     def predict(self, model: nn.Module, file: Path, facts: Facts) -> Prediction:
         """For each line of a file, a word or a sum such as "hotter - hot + big", the words that come nearest."""
-        lines = [line.strip() for line in _read(file).splitlines() if line.strip()]
+        lines = [line.strip() for line in read_text(file, "Give lines of words.").splitlines() if line.strip()]
         if not lines:
             raise DataError(f"The file {file} is empty: put a word in each line, or a sum such as hotter - hot + big.")
         vectors = _vectors(model, facts)
@@ -173,18 +173,6 @@ class Words(Task[WordsSettings]):
         picture = vectors.drawn([[*terms(line), *_words(found)] for line, found in near.items()])
         nearest: dict[str, Json] = {line: list(_words(found)) for line, found in near.items()}
         return Prediction("\n".join(shown), {"nearest": nearest}, {"words": picture})
-
-
-class _Projector(Callback):
-    """Leaves the vectors for TensorBoard when training ends."""
-
-    def __init__(self, model: SkipGram, words: Sequence[str]) -> None:
-        self._model, self._words = model, words
-
-    def on_end(self, run: RunView, outcome: Outcome) -> None:
-        if run.directory is not None:
-            vectors = self._model.words.weight[:_SHOWN]
-            write_projector(run.directory / "events", "words", vectors, self._words[:_SHOWN])
 
 
 def _vocabulary(facts: Facts) -> WordVocabulary:
@@ -198,14 +186,6 @@ def _vectors(model: nn.Module, facts: Facts) -> WordVectors:
 
 def _words(near: Sequence[tuple[str, float]]) -> list[str]:
     return [word for word, _ in near]
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError(f"The file {file} cannot be read: {reason}. Give lines of words.") from error
 
 
 TASK = Words
