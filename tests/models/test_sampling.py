@@ -1,4 +1,4 @@
-"""Sampling: the temperature, the likeliest, the nucleus, and draws that follow the generator alone."""
+"""Sampling: temperature, the likeliest, the nucleus; draws follow the generator alone; a text is gone on with."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from millrace.errors import SettingError
-from millrace.models.sampling import Sampling
+from millrace.models.sampling import Sampling, continued
 
 LOGITS = st.lists(st.floats(-8, 8), min_size=1, max_size=9).map(lambda row: torch.tensor([row], dtype=torch.float64))
 WAYS = st.builds(Sampling, st.floats(0, 4), st.integers(0, 9), st.floats(0.01, 1))
@@ -78,3 +78,39 @@ def test_draws_follow_the_probabilities_and_the_generator_alone() -> None:
 def test_wrong_numbers_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(SettingError, match=next(iter(wrong))):
         Sampling(**wrong)  # type: ignore[arg-type]
+
+
+def test_sampling_without_temperature_takes_the_likeliest() -> None:
+    def counting(tokens: Tensor) -> Tensor:
+        return nn.functional.one_hot((tokens + 1) % 5, 5).double()
+
+    drawn = continued(counting, torch.tensor([3]), 6, window=4, temperature=0, generator=torch.Generator())
+    assert drawn.tolist() == [4, 0, 1, 2, 3, 4]
+
+
+def test_sampling_follows_the_probabilities_and_its_generator_alone() -> None:
+    probabilities = torch.tensor([0.1, 0.2, 0.7])
+
+    def memoryless(tokens: Tensor) -> Tensor:
+        return probabilities.log().expand(1, tokens.shape[1], 3)
+
+    def drawn(seed: int, temperature: float) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return continued(memoryless, torch.tensor([0]), 2000, window=3, temperature=temperature, generator=generator)
+
+    shares = drawn(0, 1.0).bincount(minlength=3) / 2000
+    assert torch.allclose(shares, probabilities, atol=0.04)
+    assert (drawn(0, 0.5) == 2).float().mean() > 0.85  # 0.49 / (0.01 + 0.04 + 0.49)
+    assert drawn(0, 1.0).equal(drawn(0, 1.0))
+    assert not drawn(0, 1.0).equal(drawn(1, 1.0))
+
+
+def test_the_model_is_asked_for_no_more_than_its_window() -> None:
+    asked: list[int] = []
+
+    def model(tokens: Tensor) -> Tensor:
+        asked.append(tokens.shape[1])
+        return torch.zeros(1, tokens.shape[1], 4)
+
+    assert len(continued(model, torch.arange(2), 5, window=4, temperature=1, generator=torch.Generator())) == 5
+    assert asked == [2, 3, 4, 4, 4]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from millrace.data.text import CharVocabulary
 from millrace.errors import DataError
 from millrace.zoo.base import TaskData
-from millrace.zoo.chars import Chars, CharsSettings, Transformer, continued
+from millrace.zoo.chars import Chars, CharsSettings, Transformer
 from millrace.zoo.run import Finished, configure, find_run, open_run, train
 
 TINY = ["length=16", "layers=1", "width=16", "heads=2", "batch_size=8", "sample=40", "compile=eager", "threads=1"]
@@ -114,42 +114,6 @@ def test_a_fresh_model_guesses_evenly() -> None:
     _, metrics = task.loss(task.model(found.facts), batch)
     vocabulary = CharVocabulary.from_json(found.facts["vocabulary"])  # type: ignore[arg-type]
     assert float(metrics["bits_per_char"].detach()) == pytest.approx(math.log2(len(vocabulary)), rel=0.15)
-
-
-def test_sampling_without_temperature_takes_the_likeliest() -> None:
-    def counting(tokens: Tensor) -> Tensor:
-        return nn.functional.one_hot((tokens + 1) % 5, 5).double()
-
-    drawn = continued(counting, torch.tensor([3]), 6, window=4, temperature=0, generator=torch.Generator())
-    assert drawn.tolist() == [4, 0, 1, 2, 3, 4]
-
-
-def test_sampling_follows_the_probabilities_and_its_generator_alone() -> None:
-    probabilities = torch.tensor([0.1, 0.2, 0.7])
-
-    def memoryless(tokens: Tensor) -> Tensor:
-        return probabilities.log().expand(1, tokens.shape[1], 3)
-
-    def drawn(seed: int, temperature: float) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return continued(memoryless, torch.tensor([0]), 2000, window=3, temperature=temperature, generator=generator)
-
-    shares = drawn(0, 1.0).bincount(minlength=3) / 2000
-    assert torch.allclose(shares, probabilities, atol=0.04)
-    assert (drawn(0, 0.5) == 2).float().mean() > 0.85  # 0.49 / (0.01 + 0.04 + 0.49)
-    assert drawn(0, 1.0).equal(drawn(0, 1.0))
-    assert not drawn(0, 1.0).equal(drawn(1, 1.0))
-
-
-def test_the_model_is_asked_for_no_more_than_its_window() -> None:
-    asked: list[int] = []
-
-    def model(tokens: Tensor) -> Tensor:
-        asked.append(tokens.shape[1])
-        return torch.zeros(1, tokens.shape[1], 4)
-
-    assert len(continued(model, torch.arange(2), 5, window=4, temperature=1, generator=torch.Generator())) == 5
-    assert asked == [2, 3, 4, 4, 4]
 
 
 def test_it_learns_a_text_of_ones_own_and_writes_like_it(finished: Finished, nursery: Path) -> None:

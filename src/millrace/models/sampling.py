@@ -1,15 +1,16 @@
 """Drawing the next token from what a model says of it: temperature, the k likeliest, the nucleus.
 
-Shape suffixes: B rows, V tokens in the vocabulary.
+Shape suffixes: B rows, L tokens of a window, V in the vocabulary.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from millrace.errors import SettingError
 
@@ -62,3 +63,32 @@ class Sampling:
         if self.temperature == 0:
             return logits_BV.argmax(-1)
         return torch.multinomial(self.probabilities(logits_BV), 1, generator=generator)[:, 0]
+
+
+@torch.no_grad()
+def continued(
+    model: Callable[[Tensor], Tensor],
+    tokens: Tensor,
+    count: int,
+    window: int,
+    temperature: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Tokens that a model draws one after the other, each from what it says about the last `window` ones.
+
+    Args:
+        model: tokens [1, L] to logits [1, L, V].
+        tokens: [n], at least one, on the CPU; what to go on from.
+        count: how many to draw.
+        window: the longest L that the model takes.
+        temperature: divides the logits; 0 takes the likeliest.
+        generator: of the random draws.
+
+    Returns: the new tokens, [count].
+    """
+    device = next(model.parameters()).device if isinstance(model, nn.Module) else tokens.device
+    sampling, start = Sampling(temperature), len(tokens)
+    for _ in range(count):
+        logits_1V = model(tokens[None, -window:].to(device))[:, -1].float().cpu()
+        tokens = torch.cat([tokens, sampling.draw(logits_1V, generator)])
+    return tokens[start:]

@@ -5,7 +5,6 @@ Shape suffixes: B windows, L characters, D features, H heads, V characters in th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -15,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from millrace.data.text import CharVocabulary, TextBatches, python_text, split_text, text_batches
-from millrace.errors import DataError, SettingError
-from millrace.models.sampling import Sampling
+from millrace.data.text_files import read_text
+from millrace.errors import SettingError
+from millrace.models.sampling import continued
 from millrace.optim.constructors import adamw
 from millrace.optim.optimizer import Optimizer
-from millrace.optim.schedule import Cosine, Warmup
+from millrace.optim.schedule import warmup_cosine
 from millrace.train.metrics import bits_per_char
 from millrace.zoo.base import Facts, Prediction, Task, TaskData
 from millrace.zoo.settings import Settings, setting
@@ -65,7 +65,7 @@ class Chars(Task[CharsSettings]):
 
     def data(self, facts: Facts | None = None) -> TaskData:
         """A stream of windows of the text's beginning; its end is held out."""
-        text = _read(Path(self.settings.text)) if self.settings.text else python_text()
+        text = read_text(Path(self.settings.text)) if self.settings.text else python_text()
         vocabulary = CharVocabulary.of(text) if facts is None else _vocabulary(facts)
         rest, test = split_text(text, _HELD_OUT)
         train, validation = split_text(rest, _HELD_OUT)
@@ -97,8 +97,7 @@ class Chars(Task[CharsSettings]):
     def optimizer(self, model: nn.Module, steps: int) -> Optimizer:
         """AdamW on clipped gradients; the rate climbs shortly and falls along a cosine."""
         s = self.settings
-        climb = max(1, steps // 10)
-        rate = Warmup(climb, Cosine(s.learning_rate, steps=max(1, steps - climb), end=s.learning_rate / 20))
+        rate = warmup_cosine(s.learning_rate, steps, warmup=steps // 10, end=s.learning_rate / 20)
         return adamw(rate, betas=(0.9, 0.98), weight_decay=s.weight_decay, clip_norm=1.0)
 
     def report(self, model: nn.Module, data: TaskData) -> str:
@@ -110,7 +109,7 @@ class Chars(Task[CharsSettings]):
     def predict(self, model: nn.Module, file: Path, facts: Facts) -> Prediction:
         """How the text in a file might go on."""
         vocabulary = _vocabulary(facts)
-        prompt, unknown = _known(_read(file), vocabulary)
+        prompt, unknown = _known(read_text(file), vocabulary)
         written = self._continued(model, prompt, vocabulary)
         note = f" (left out {unknown!r}, which the model never saw)" if unknown else ""
         shown = prompt[-self.settings.length :] + written
@@ -172,35 +171,6 @@ class Layer(nn.Module):
         return x_BLD + cast(Tensor, self.dropout(self.mlp_out(hidden)))
 
 
-@torch.no_grad()
-def continued(
-    model: Callable[[Tensor], Tensor],
-    tokens: Tensor,
-    count: int,
-    window: int,
-    temperature: float,
-    generator: torch.Generator,
-) -> Tensor:
-    """Tokens that a model draws one after the other, each from what it says about the last `window` ones.
-
-    Args:
-        model: tokens [1, L] to logits [1, L, V].
-        tokens: [n], at least one, on the CPU; what to go on from.
-        count: how many to draw.
-        window: the longest L that the model takes.
-        temperature: divides the logits; 0 takes the likeliest.
-        generator: of the random draws.
-
-    Returns: the new tokens, [count].
-    """
-    device = next(model.parameters()).device if isinstance(model, nn.Module) else tokens.device
-    sampling, start = Sampling(temperature), len(tokens)
-    for _ in range(count):
-        logits_1V = model(tokens[None, -window:].to(device))[:, -1].float().cpu()
-        tokens = torch.cat([tokens, sampling.draw(logits_1V, generator)])
-    return tokens[start:]
-
-
 def _vocabulary(facts: Facts) -> CharVocabulary:
     return CharVocabulary.from_json(cast(Facts, facts["vocabulary"]))
 
@@ -209,14 +179,6 @@ def _known(text: str, vocabulary: CharVocabulary) -> tuple[str, str]:
     """The text without characters that are not in the vocabulary, and these."""
     unknown = set(text) - set(vocabulary.characters)
     return "".join(c for c in text if c not in unknown), "".join(sorted(unknown))
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError(f"The text file {file} cannot be read: {reason}. Give a file of plain text.") from error
 
 
 def _indented(text: str) -> str:
