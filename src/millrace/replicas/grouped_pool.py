@@ -16,8 +16,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from millrace.replicas.pool import FREE, ROLE, Member, Pool
+from millrace.replicas.pool import Pool
 from millrace.replicas.pool_events import Sizes
+from millrace.replicas.pool_state import FREE, ROLE, Member
 from millrace.replicas.protocol import Fields
 from millrace.replicas.shares import share_slices
 

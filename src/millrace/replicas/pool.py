@@ -12,8 +12,7 @@ Checked for all orders of events on a small scale by tests/replicas/test_pool.py
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from dataclasses import replace
 
 from millrace.errors import WorkerError
 from millrace.replicas.pool_events import (
@@ -28,6 +27,28 @@ from millrace.replicas.pool_events import (
     Wanted,
     WriteWanted,
 )
+from millrace.replicas.pool_state import (
+    EMPTY,
+    ENDING,
+    FLUSH,
+    FOLLOWING,
+    FREE,
+    LEAVING,
+    PROMOTING,
+    READY,
+    ROLE,
+    SENDING,
+    SHARD,
+    SPARE,
+    STARTING,
+    UP,
+    WORK,
+    WORKERS,
+    Member,
+    Place,
+    Step,
+    Work,
+)
 from millrace.replicas.protocol import (
     Expect,
     Failed,
@@ -41,61 +62,6 @@ from millrace.replicas.protocol import (
     Story,
     Tell,
 )
-
-Work: TypeAlias = tuple[int, int]  # step, slice
-
-# What a member is doing, as the driver knows it: the last four are workers.
-# One that leaves is ending because it is not needed any more, and no loss.
-SPARE, SHARD, ENDING, LEAVING = "spare", "shard", "ending", "leaving"
-ROLE, FREE, WORK, FLUSH = "role", "free", "work", "flush"
-WORKERS = (ROLE, FREE, WORK, FLUSH)
-
-# A shard's process, and that of its copy.
-EMPTY, STARTING, UP, PROMOTING = "empty", "starting", "up", "promoting"
-READY, SENDING, FOLLOWING = "ready", "sending", "following"  # of the copy, after STARTING
-
-
-@dataclass(frozen=True)
-class Member:
-    """What the driver knows of a process that has joined.
-
-    work: what it works at. holds: what it was given and has not said it pushed. clock: how many batches it has done, as
-    the bound counts them. slice: the last one it was given.
-    """
-
-    doing: str = SPARE
-    work: Work | None = None
-    holds: tuple[Work, ...] = ()
-    clock: int = 0
-    slice: int = -1
-
-
-@dataclass(frozen=True)
-class Place:
-    """A shard: who holds it, who its copy.
-
-    needed: what it was last configured with. owes: what it was told and has not answered.
-    """
-
-    state: str = EMPTY
-    holder: str = ""
-    address: str = ""
-    copy: str = ""
-    copy_state: str = EMPTY
-    copy_address: str = ""
-    needed: int = 0
-    owes: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step that is wanted and not done. pushed: slices whose results have come. passed: shards that have made its
-    update."""
-
-    slices: int
-    needed: int
-    pushed: frozenset[int] = frozenset()
-    passed: frozenset[int] = frozenset()
 
 
 class Pool:
@@ -296,10 +262,9 @@ class Pool:
         self._set(name, replace(member, doing=FREE, work=None, holds=holds, clock=done))
         self.dropped += fields["late"]
         for step, slice_ in pushed:
-            found = self.steps.get(step)
-            if found is not None:
+            if step in self.steps:
                 passed = {shard for shard, version in enumerate(fields["versions"]) if version > step}
-                self.steps[step] = replace(found, pushed=found.pushed | {slice_}, passed=found.passed | passed)
+                self.steps[step] = self.steps[step].after(slice_, passed)
         self._story(f"{name} has pushed {pushed}")
 
     # -- deciding -------------------------------------------------------------------------------------------------
@@ -328,8 +293,7 @@ class Pool:
 
     def _report(self) -> None:
         for step, found in list(self.steps.items()):
-            enough = len(found.pushed) >= found.needed and len(found.passed) == self.sizes.servers
-            if len(found.pushed) == found.slices or (self.sizes.sync and enough):
+            if found.is_done(self.sizes):
                 del self.steps[step]
                 self.queue = [work for work in self.queue if work[0] != step]
                 self.losses = 0
@@ -427,13 +391,7 @@ class Pool:
         if member.doing in WORKERS:
             owed = f"step {member.work[0]}, slice {member.work[1]}" if member.work else member.doing
             return owed if self._all_up() and member.doing != FREE else ""
-        for place in self.places:
-            if place.holder == name:
-                sending = {"copy"} if place.copy_state == SENDING else set()
-                return place.state if place.state != UP else ", ".join(sorted(place.owes | sending))
-            if place.copy == name:
-                return STARTING if place.copy_state == STARTING else ""
-        return ""
+        return next((place.owed_by(name) for place in self.places if name in (place.holder, place.copy)), "")
 
     # -- small things ---------------------------------------------------------------------------------------------
 
