@@ -15,7 +15,8 @@ import torch
 from bench.charts import line_chart
 from bench.readme import between
 from millrace.data.streams import StreamBatches
-from millrace.zoo.lm import ByteLstm, Lm
+from millrace.models.byte_lstm import ByteLstm
+from millrace.zoo.lm import Lm
 from millrace.zoo.run import find_run, open_run
 
 PAGE = Path(__file__).parents[1] / "docs" / "zoo" / "lm.md"

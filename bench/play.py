@@ -4,7 +4,7 @@ Both play, store and learn with the same network, batch, rate and number of tran
 on the same machine; the peer is `bench/peers/dqn_loop.py`, run by the interpreter that --peer names. Warm-ups do not
 count.
 Prints one JSON line per game; the medians are kept in bench/results/play.json, and a table of docs/zoo/play.md is made
-of them. With --curves, the figure of that page is drawn instead, from the logs of finished runs:
+of them. With --curves, that page's figures are drawn instead, one for each game, from the logs of runs:
 
     python -m bench.play --curves runs/play-1 runs/play-2
 """
@@ -90,7 +90,12 @@ def main() -> int:
     options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="settings of Millrace's")
     given = options.parse_args()
     if given.curves:
-        PAGE.with_suffix(".svg").write_text(curves(given.curves), encoding="utf-8")
+        by_game: dict[str, list[Path]] = {}
+        for run in given.curves:
+            by_game.setdefault(settings_of(run)["game"], []).append(run)
+        for game, runs in by_game.items():
+            slug = game.removeprefix("ALE/").partition("-")[0].lower()
+            PAGE.with_name(f"play-{slug}.svg").write_text(curves(game, runs), encoding="utf-8")
         return 0
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     for game in given.games:
@@ -127,18 +132,22 @@ def table(kept: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join([*rows, "", f"{note} that other programs used, too (load {one['load']:g})."])
 
 
-def curves(runs: Sequence[Path]) -> str:
-    """The scores of training games and of evaluations while runs went on."""
+def settings_of(run: Path) -> dict[str, Any]:
+    """A run's settings."""
+    found: dict[str, Any] = json.loads((run / "config.json").read_text())["settings"]
+    return found
+
+
+def curves(game: str, runs: Sequence[Path]) -> str:
+    """The scores of training games and of evaluations while runs of a game went on."""
     lines: dict[str, list[tuple[float, float]]] = {}
-    games = set()
     for run in runs:
-        settings = json.loads((run / "config.json").read_text())["settings"]
-        games.add(settings["game"])
+        settings = settings_of(run)
         logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         for key, of in (("score", "training games"), ("validation/score", "evaluations")):
             points = [(entry["step"] * settings["every"] / 1000, entry[key]) for entry in logged if key in entry]
             lines[f"seed {settings['seed']}, {of}"] = points[:: max(1, len(points) // 200)]
-    return line_chart(", ".join(sorted(games)), "thousand steps played while learning", "score", lines, log=False)
+    return line_chart(game, "thousand steps played while learning", "score", lines, log=False)
 
 
 if __name__ == "__main__":
