@@ -162,7 +162,7 @@ def test_warmup_and_cosine_in_one_climb_to_the_peak_and_end_with_the_run(
     assert max(found) == pytest.approx(peak)
     assert found[rise] == pytest.approx(peak)
     assert found[:rise] == sorted(found[:rise])
-    assert found[rise:] == sorted(found[rise:], reverse=True)
+    assert found[rise:] == pytest.approx(sorted(found[rise:], reverse=True))  # a share of 1 is level, up to rounding
     assert found[-1] == pytest.approx(share * peak)
 
 
