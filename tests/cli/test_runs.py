@@ -84,6 +84,7 @@ def test_a_run_is_listed_followed_stopped_and_resumed(running: subprocess.Popen[
     assert f"finished at step {state.step + 7}" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_run_that_cannot_stop_is_waited_for_in_vain_and_killed(in_tmp: Path, capsys: Captured) -> None:
     process = started(Path("runs/stuck"))
     try:

@@ -230,7 +230,8 @@ def test_a_member_that_cannot_start_is_lost_with_the_reason(tmp_path: Path) -> N
         assert isinstance(event, Lost)
         assert event.why.startswith("before it was ready, its process exited with 1; its last words:")
         assert "no_such_module" in event.why
-    assert (open_files(), threading.active_count()) == (files, threads)
+    assert open_files() <= files  # fewer, if something of an earlier test was collected meanwhile
+    assert threading.active_count() <= threads
 
 
 def test_a_member_of_another_version_is_lost_with_both_versions(
@@ -268,7 +269,8 @@ def test_a_member_that_does_not_start_in_time_is_lost_and_closing_leaves_nothing
     hub.close()
     assert all(not Path(f"/proc/{pid}").exists() for pid in launcher.pids.values())
     assert sorted(os.listdir(tmp_path)) == ["m0.log", "m1.log", "m2.log"]
-    assert (open_files(), threading.active_count()) == (files, threads)
+    assert open_files() <= files  # fewer, if something of an earlier test was collected meanwhile
+    assert threading.active_count() <= threads
     with pytest.raises(WorkerError, match="the hub was closed"):
         hub.start(1)
 

@@ -89,7 +89,7 @@ def checked(model: str, loss: Loss, sizes: tuple[int, int]) -> bool:
 
 
 @pytest.mark.parametrize("sizes", [(8, 4), (7, 4), (2, 3)])
-@pytest.mark.parametrize("model", ["mlp", "normalized", "lstm"])
+@pytest.mark.parametrize("model", ["mlp", "normalized", pytest.param("lstm", marks=pytest.mark.long)])
 def test_a_sum_is_refused_and_a_mean_is_not(model: str, sizes: tuple[int, int]) -> None:
     for loss in (mean, weighted, contrasted, log_sum):
         assert checked(model, loss, sizes)

@@ -49,7 +49,7 @@ def added(parts: Sequence[Computed]) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("model", "optimizer"), [("mlp", "adamw"), ("lstm", "millrace adam clipped"), ("tied", "adamw")]
 )
-@pytest.mark.parametrize("shares", [[[0, 1, 2]], [[0], [1], [2]], [[0, 2], [1]]])
+@pytest.mark.parametrize("shares", [[[0, 1, 2]], pytest.param([[0], [1], [2]], marks=pytest.mark.long), [[0, 2], [1]]])
 def test_workers_that_share_the_slices_take_the_step_of_the_whole_batch(
     model: str, optimizer: str, shares: list[list[int]]
 ) -> None:

@@ -48,7 +48,7 @@ def all_follow(session: ServerSession) -> bool:
     return all(place.copy_state == "following" for place in session._pool.places)
 
 
-@pytest.mark.parametrize(("model", "replicas"), [("lstm", 2), ("cnn", 1)])
+@pytest.mark.parametrize(("model", "replicas"), [pytest.param("lstm", 2, marks=pytest.mark.long), ("cnn", 1)])
 def test_servers_take_the_steps_of_one_session(model: str, replicas: int, tmp_path: Path) -> None:
     graph, kind = step_graph(model, "adamw"), MODELS[model][1]
     whole = Session(graph, copy=True, compile="eager")

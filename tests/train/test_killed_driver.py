@@ -83,7 +83,7 @@ def driver(directory: Path, update: str, *cluster: str) -> Iterator[tuple[subpro
     ("update", "cluster"),
     [
         ("sync", ()),
-        pytest.param("servers", ()),
+        pytest.param("servers", (), marks=pytest.mark.long),
         pytest.param("async", (), marks=pytest.mark.long),
         pytest.param("sync", ("local",), marks=[pytest.mark.long, pytest.mark.cluster]),
         pytest.param("servers", ("local",), marks=[pytest.mark.long, pytest.mark.cluster]),

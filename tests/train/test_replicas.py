@@ -89,6 +89,7 @@ def test_local_steps_can_be_narrowed_and_overlap_is_for_collectives() -> None:
         Sync(parameter_servers=1, overlap=True)
 
 
+@pytest.mark.long
 def test_every_replica_can_be_divided_over_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[dict[str, Any]] = []
 

@@ -158,6 +158,7 @@ def tiny(folder: Path) -> Cat:
     return task
 
 
+@pytest.mark.long
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(alone: Finished, folder: Path, tmp_path: Path) -> None:
     train(tiny(folder), run_dir=tmp_path / "run", progress=False, device="cpu", callbacks=[StopAt(3)])
     half = find_run(str(tmp_path / "run"))

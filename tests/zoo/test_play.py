@@ -187,7 +187,7 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGKILL])
 def test_nothing_is_left_behind(tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "millrace", "train", "play", "--run-dir", str(tmp_path / "run"), "--device", "cpu"]
     command += [argument for pair in [*QUICK, "steps=100000", "actors=2"] for argument in ("--set", pair)]

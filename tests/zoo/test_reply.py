@@ -132,6 +132,7 @@ def test_it_trains_asynchronously(exchanges: Path) -> None:
     assert open_run(find_run(str(directory)), "cpu").step == 6
 
 
+@pytest.mark.long
 def test_a_run_goes_on_bit_for_bit(whole: Path, exchanges: Path) -> None:
     first = find_run(str(run(exchanges, "in two", StopAfter(4))))
     train(configure_again(first), resume=first, progress=False, device="cpu")
