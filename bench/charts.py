@@ -10,6 +10,7 @@ Points = Sequence[tuple[float, float]]
 
 _WIDTH, _HEIGHT = 720, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 210, 40, 50
+_NAMED = 12  # so many places on the x axis, or points of a line, are shown each
 _COLOURS = ("#1f5fa8", "#d1662a", "#2b8a57", "#8a4fa3", "#b8860b", "#c0392b", "#16858f", "#6b6b6b")
 
 
@@ -26,7 +27,7 @@ def line_chart(title: str, x_label: str, y_label: str, lines: Mapping[str, Point
         _text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 10, x_label, anchor="middle"),
         _text(_LEFT, _TOP - 6, y_label, size=11),
     ]
-    for x in sorted(set(xs)):
+    for x in sorted(set(xs)) if len(set(xs)) <= _NAMED else _ticks(min(xs), max(xs), log):
         parts.append(f'<path d="M{x_of(x):.1f} {_TOP}V{_HEIGHT - _BOTTOM}" stroke="#eee"/>')
         parts.append(_text(x_of(x), _HEIGHT - _BOTTOM + 17, f"{x:g}", anchor="middle"))
     for y in _ticks(low, max(ys), log):
@@ -36,7 +37,8 @@ def line_chart(title: str, x_label: str, y_label: str, lines: Mapping[str, Point
         colour = _COLOURS[number % len(_COLOURS)]
         path = "L".join(f"{x_of(x):.1f} {y_of(y):.1f}" for x, y in points)
         parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.extend(f'<circle cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="3" fill="{colour}"/>' for x, y in points)
+        if len(points) <= _NAMED:
+            parts.extend(f'<circle cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="3" fill="{colour}"/>' for x, y in points)
         at = _TOP + 14 + 20 * number
         parts.append(f'<path d="M{_WIDTH - _RIGHT + 16} {at - 4}h20" stroke="{colour}" stroke-width="3"/>')
         parts.append(_text(_WIDTH - _RIGHT + 42, at, name))

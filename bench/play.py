@@ -129,7 +129,7 @@ def table(kept: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     one = next(iter(kept.values()))
     note = f"Medians of {one['turns']} turns of {one['seconds']:g} s each, in turn, on {one['cores']} cores"
-    return "\n".join([*rows, "", f"{note} that other programs used, too (load {one['load']:g})."])
+    return "\n".join([*rows, "", f"{note} (load {one['load']:g})."])
 
 
 def settings_of(run: Path) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def curves(game: str, runs: Sequence[Path]) -> str:
         logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         for key, of in (("score", "training games"), ("validation/score", "evaluations")):
             points = [(entry["step"] * settings["every"] / 1000, entry[key]) for entry in logged if key in entry]
-            lines[f"seed {settings['seed']}, {of}"] = points[:: max(1, len(points) // 200)]
+            lines[f"seed {settings['seed']}, {of}"] = points[:: max(1, len(points) // 60)]
     return line_chart(game, "thousand steps played while learning", "score", lines, log=False)
 
 
