@@ -58,7 +58,7 @@ def test_fetches_outlast_later_steps(in_cache: Compiled) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
 
 
-@pytest.mark.parametrize("tier", ["inductor", "tiered"])
+@pytest.mark.parametrize("tier", ["inductor", pytest.param("tiered", marks=pytest.mark.long)])
 @pytest.mark.usefixtures("in_cache")
 def test_a_second_process_compiles_nothing(tier: str, tmp_path: Path) -> None:
     """Its module has other initial values, its compiler would raise, and no kernel is built while loading."""

@@ -108,6 +108,7 @@ def test_powers_of_a_count_are_worked_out_once() -> None:
     torch.testing.assert_close(found[:2], expected[:2], rtol=1e-12, atol=0)
 
 
+@pytest.mark.long
 def test_a_factor_of_a_sum_survives_the_compiler() -> None:
     """Weight decay of `torch.optim.SGD` is such a factor, and its sum follows a matrix product."""
     torch.manual_seed(0)

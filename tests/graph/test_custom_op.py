@@ -115,7 +115,7 @@ def test_a_saved_graph_names_it(document: tuple[dict[str, Any], str], tmp_path: 
     assert torch.equal(got["loss"], expected["loss"])
 
 
-@pytest.mark.parametrize("tier", ["eager", "inductor", "tiered"])
+@pytest.mark.parametrize("tier", ["eager", "inductor", pytest.param("tiered", marks=pytest.mark.long)])
 def test_each_tier_runs_it(document: tuple[dict[str, Any], str], tier: str) -> None:
     space, _ = document
     model, loss = own_loss(space)

@@ -255,6 +255,7 @@ def test_what_does_not_recur_so_often_is_left_alone() -> None:
     assert time_chunks(both_ways, 2) is both_ways
 
 
+@pytest.mark.long
 def test_chunks_of_microbatches_of_split_layers() -> None:
     torch.manual_seed(0)
     batch_first = sentences(6, 4, batch_first=True)

@@ -55,7 +55,9 @@ def test_searched_plans_fit_and_run_where_they_may(name: str, problem: Problem) 
     _check(problem, name, 0.05)
 
 
-@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if name == "auto" else []) for name in sorted(ALGORITHMS)]
+)
 def test_every_algorithm_places_a_plain_model(name: str) -> None:
     problem = step_of([[], [0], [1]], [1e10] * 3, [1e6] * 3, [1e13] * 2, [1e9] * 2)
     plan = algorithm(name)(problem, budget_s=0.2, seed=0)

@@ -348,7 +348,7 @@ def can_mount() -> bool:
             return False
 
 
-@pytest.mark.parametrize("how", ["disk", "limit"])
+@pytest.mark.parametrize("how", ["disk", pytest.param("limit", marks=pytest.mark.long)])
 def test_a_full_disk_costs_only_the_checkpoint_that_did_not_fit(tmp_path: Path, how: str) -> None:
     if how == "disk" and not can_mount():
         pytest.skip("mounting a small disk needs root; the limit on the file size stands in for it")

@@ -64,7 +64,7 @@ def wait_until_ready(process: subprocess.Popen[str]) -> None:
     assert process.stdout.readline() == "ready\n", process.communicate()[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_a_signal_ends_the_run_after_the_step_and_saves_it(number: signal.Signals, tmp_path: Path) -> None:
     process = start(tmp_path / "run")
     wait_until_ready(process)

@@ -119,7 +119,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(value, id=name, marks=[pytest.mark.long] if name in ("accumulating", "a schedule") else [])
+        for name, value in SETTINGS.items()
+    ],
+)
 def test_interrupted_after_any_step_a_run_ends_as_if_it_had_not_been(settings: dict[str, Any], tmp_path: Path) -> None:
     whole = Evaluations()
     result = run(tmp_path / "whole", whole, **settings)
