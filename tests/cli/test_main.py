@@ -298,10 +298,17 @@ def test_graph_as_text_summary_and_files(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_run_goes_on_over_other_replicas_in_its_own_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, arguments in (("one", ["--replicas", "2", "--update", "hybrid", "--groups", "3"]), ("two", [])):
+    ways = {
+        "one": ["--replicas", "2", "--update", "hybrid", "--groups", "3"],
+        "two": [],
+        "three": ["--replicas", "2", "--parameter-servers", "2", "--backup", "1"],
+    }
+    for name, arguments in ways.items():
         RunDirectory.create(Path("runs"), name, {"arguments": arguments}).close("interrupted", 0)
     again = parsed(["--resume", "one", "--replicas", "4"])
     assert (again.update, again.groups) == ("hybrid", 3)
     assert parsed(["--resume", "one", "--replicas", "4", "--update", "async"]).update == "async"
     assert parsed(["--resume", "one"]).update == "sync"  # in one process
     assert parsed(["--resume", "two", "--replicas", "4"]).update == "sync"
+    again = parsed(["--resume", "three", "--replicas", "4", "--backup", "2"])
+    assert (again.update, again.parameter_servers, again.backup) == ("sync", 2, 2)

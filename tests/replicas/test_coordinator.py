@@ -199,7 +199,7 @@ def test_without_variables_there_is_no_run() -> None:
     driver = _formed(1, spares=1).hear(StepWanted(1, (1.0,))).say("done", "a", step=1)
     driver.commands.clear()
     (failed,) = driver.hear(Lost("a", "killed")).take(Failed)
-    assert "step 1" in failed.reason
+    assert "newest variables" in failed.reason
     assert "a: killed" in failed.reason
 
 

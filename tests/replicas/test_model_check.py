@@ -14,7 +14,8 @@ import pytest
 from tests.replicas.explore import Violation, explore
 from tests.replicas.small_world import Scope, SmallWorld
 
-from millrace.replicas.coordinator import FREE, READY, Coordinator
+from millrace.replicas.coordinator import Coordinator
+from millrace.replicas.coordinator_seats import FREE, READY
 from millrace.replicas.protocol import (
     CollectiveFailed,
     DriverCommand,

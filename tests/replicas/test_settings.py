@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from millrace.errors import SettingError
-from millrace.replicas.settings import Async, Hybrid, LocalSteps, Sync, Update
+from millrace.replicas.settings import Async, Hybrid, LocalSteps, Sync, Update, update_of, with_servers
+from millrace.train.plan import Plan
 
 
 @pytest.mark.parametrize(
@@ -41,3 +42,36 @@ def test_what_was_said_can_be_copied_and_changed_by_name(update: Update) -> None
     assert replace(update) == update
     with pytest.raises(SettingError, match="has no setting 'evry'"):
         replace(update, evry=1)
+
+
+@pytest.mark.parametrize(
+    ("said", "update"),
+    [
+        (("sync", 2, 1), Sync(parameter_servers=2, backup=1)),
+        (("async", 3, None), Async(parameter_servers=3)),
+        ((Async(bound=4), 2, None), Async(bound=4, parameter_servers=2)),
+        ((Sync(parameter_servers=2), 2, None), Sync(parameter_servers=2)),
+        ((Hybrid(3), 2, None), Hybrid(3, parameter_servers=2)),
+        (("local_steps", None, None), LocalSteps()),
+    ],
+)
+def test_servers_and_backup_workers_can_be_said_beside_the_way(said: Any, update: Update) -> None:
+    assert with_servers(*said) == update
+    plan = Plan(steps=1, replicas=2, update=said[0], parameter_servers=said[1], backup=said[2])
+    assert update_of(plan.update) == update
+    assert replace(plan, steps=2).update == plan.update
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (("local_steps", 2, None), r"parameter_servers=2: LocalSteps has no such setting"),
+        (("async", None, 1), r"backup=1: Async has no such setting"),
+        (("sync", None, 1), r"backup=1 needs parameter servers"),
+        (("sync", -1, None), r"Sync\(parameter_servers=-1\): expected a whole number"),
+        ((Async(parameter_servers=3), 2, None), r"parameter_servers=2, and update=Async\(parameter_servers=3, …\)"),
+    ],
+)
+def test_servers_where_there_can_be_none_are_refused(said: Any, why: str) -> None:
+    with pytest.raises(SettingError, match=why):
+        with_servers(*said)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -203,19 +202,6 @@ def test_gloo_after_a_time_out_refuses_and_says_so() -> None:
             here.transports[1].recv(0, 0.01)
         with pytest.raises(WorkerError, match="the connection with /host:0/cpu:0"):
             here.transports[1].begin_step(1)
-
-
-def test_gloo_workers_meet_at_an_address() -> None:
-    names, edges = peer.devices(3), peer.edges(1, peer.devices(3), 10)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with ThreadPoolExecutor(3) as threads:
-        found = list(
-            threads.map(lambda device: gloo.connect(device, names, edges, ("127.0.0.1", port), timeout_s=20.0), names)
-        )
-        assert sum(threads.map(lambda transport: peer.whole_step(transport, 0), found)) == 10
-        for transport in found:
-            transport.close()
 
 
 def test_a_worker_that_does_not_come_is_named(tmp_path: Path) -> None:

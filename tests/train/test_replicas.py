@@ -19,6 +19,7 @@ from millrace.replicas.session import ReplicatedSession
 from millrace.replicas.settings import Async, Hybrid, LocalSteps, Sync, Update
 from millrace.train.callbacks import Callback, RunView
 from millrace.train.fit import fit
+from millrace.train.replicas import told_of_idle
 
 RATE = 0.1
 ROUNDED = 2.01 * 2**-8  # of what is added up, at most: see gloo_group
@@ -213,3 +214,19 @@ def test_what_cannot_be_resized_says_so() -> None:
         seen_while_resized([3])
     with pytest.raises(SettingError, match=r"resize\(0\): expected a whole number of at least 1"):
         seen_while_resized([0], replicas=1, spares=0)
+
+
+def test_replicas_for_whom_a_batch_has_no_slice_are_told_of() -> None:
+    net = nn.Linear(6, 3)
+    batch = torch.randn(4, 6), torch.tensor([0, 1, 2, 0])
+    graph = millrace.training_graph(net, loss, torch.optim.SGD(net.parameters(), lr=RATE), batch)
+    assert told_of_idle(graph, 4) == ""
+    assert "a batch of 4 examples has a slice for no more than 4 of 5 replicas" in told_of_idle(graph, 5)
+
+
+@pytest.mark.parametrize("settings", [{"replicas": 2, "spares": 0}, {"devices": 2}], ids=["replicas", "devices"])
+def test_a_model_that_is_not_on_the_cpu_is_refused(settings: dict[str, Any]) -> None:
+    net = nn.Linear(6, 3, device="meta")  # a device that every machine has
+    data = torch.randn(EXAMPLES, 6), torch.randint(0, 3, (EXAMPLES,)), torch.arange(EXAMPLES)
+    with pytest.raises(SettingError, match=r"has tensors on meta\. Leave the model and its batches on the CPU"):
+        fit(net, data, loss=with_seen, optimizer=millrace.optim.adagrad(0.1), steps=1, **QUIET, **settings)

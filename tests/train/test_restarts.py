@@ -127,7 +127,7 @@ def test_a_resumed_run_tells_of_losses_in_steps_of_the_run(
 
 def test_a_run_that_gets_nowhere_ends_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fault = Fault({6}, everybody, again=True)
-    with pytest.raises(VariablesLostError, match="nobody who has the variables of step") as caught:
+    with pytest.raises(VariablesLostError, match="nobody who has the newest variables") as caught:
         run(monkeypatch, fault, steps=12, checkpoint_every=4, run_dir=tmp_path / "run")
     assert any(f"went back to step 4 {MOST_FROM_ONE_CHECKPOINT} times" in note for note in caught.value.__notes__)
     assert fault.seen.count(6) == 1 + MOST_FROM_ONE_CHECKPOINT

@@ -90,6 +90,10 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
         "--room-within", type=float, metavar="SECONDS", help="how long a cluster may take to find room for them (30)"
     )
     options.add_argument("--groups", type=int, metavar="N", help="--update hybrid: so many groups of --replicas each")
+    options.add_argument(
+        "--parameter-servers", type=int, metavar="N", help="so many processes hold the variables (sync: 0, else 1)"
+    )
+    options.add_argument("--backup", type=int, metavar="N", help="so many replicas more than an update waits for (0)")
     options.add_argument("--chaos", type=float, metavar="SECONDS", help="kill one of the processes every so often")
     add_dividing(options)
     add_json(options)
@@ -99,8 +103,11 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
         options.error("a TASK is needed (`millrace tasks` lists them), or --resume RUN")
     if given.resume is not None and given.run_dir is not None:
         options.error("--run-dir is for new runs; --resume RUN goes on in RUN")
-    if given.replicas is None and (given.update not in (None, "sync") or given.chaos or given.room_within):
-        options.error("--update, --chaos and --room-within are for replicas: give --replicas N")
+    of_replicas = {given.parameter_servers, given.backup, given.chaos, given.room_within} - {None}
+    if given.replicas is None and (given.update not in (None, "sync") or of_replicas):
+        options.error(
+            "--update, --parameter-servers, --backup, --chaos and --room-within are for replicas: give --replicas N"
+        )
     if given.replicas is None and given.devices is not None and given.cluster is not None:
         options.error("--devices N makes workers of this machine, --cluster FILE lists them: give one of the two")
     if given.replicas is None and given.cluster is not None and not Path(given.cluster).exists():
@@ -113,6 +120,10 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
         given.update = _kept(given.resume, "--update", "sync") if again else "sync"
         if given.update == "hybrid" and given.groups is None:
             given.groups = int(_kept(given.resume, "--groups", str(Hybrid().groups)))
+        for name in ("parameter_servers", "backup") if again else ():
+            kept = _kept(given.resume, f"--{name.replace('_', '-')}", "")
+            if kept and getattr(given, name) is None:
+                setattr(given, name, int(kept))
     if given.groups is not None and given.update != "hybrid":
         options.error("--groups N is for --update hybrid")
     no_devices = given.devices is None and (given.cluster is None or given.replicas is not None)
@@ -142,6 +153,8 @@ def _division(given: argparse.Namespace) -> Division:
         wire=given.wire,
         replicas=given.replicas,
         update=given.update if given.groups is None else Hybrid(given.groups),
+        parameter_servers=given.parameter_servers,
+        backup=given.backup,
         cluster=None if several else given.cluster,
         chaos_s=given.chaos,
         **({} if given.room_within is None else {"room_within_s": given.room_within}),
@@ -161,6 +174,7 @@ def kept_arguments(given: argparse.Namespace) -> list[str]:
         "wire": None,
     }
     defaults |= {"replicas": None, "update": "sync", "groups": None, "room_within": None}
+    defaults |= {"parameter_servers": None, "backup": None}
     for name, default in defaults.items():
         if getattr(given, name) != default:
             value = getattr(given, name)

@@ -1,6 +1,7 @@
 """What the driver of a synchronous collective run does next: a state machine without I/O, clocks or tensors.
 
-It decides who is a worker, who is in which group, who computes which slices, and which step is done. What it builds on:
+It decides who is in which group, who computes which slices, and which step is done; who is a worker is decided in
+`coordinator_seats`. What it builds on:
 
 - A worker has committed all that it can before it answers "abandon", so that after the answers of all survivors nothing
   moves, and the furthest of them has the state of a run without faults.
@@ -15,11 +16,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from millrace.errors import WorkerError
+from millrace.replicas.coordinator_seats import (
+    ABANDON,
+    FORM,
+    FREE,
+    IN_GROUP,
+    READ,
+    READY,
+    ROLE,
+    SPARE,
+    STEP,
+    CoordinatorSeats,
+    Member,
+)
 from millrace.replicas.protocol import (
-    NOTHING,
     DriverCommand,
     DriverEvent,
-    Expect,
     Failed,
     Fields,
     Joined,
@@ -27,38 +39,14 @@ from millrace.replicas.protocol import (
     ReadWanted,
     Resized,
     Said,
-    StartMembers,
     StepDone,
     StepWanted,
-    Stop,
-    Story,
-    Tell,
     VariablesRead,
 )
 from millrace.replicas.shares import share_slices
 
-# What a member is doing, as the driver knows it. The first three need no answer.
-SPARE, FREE, READY = "spare", "free", "ready"  # no role yet; in no group; in the group, idle
-ROLE, FORM, STEP, READ, ABANDON = "role", "form", "step", "read", "abandon"  # was told so, and has not answered
-IN_GROUP = (FORM, STEP, READ)  # has to abandon before another group is formed
-OWES = frozenset({ROLE, *IN_GROUP, ABANDON})
-
 # Phases of the driver.
 GATHERING, FORMING, IDLE, STEPPING, FAILED = "gathering", "forming", "idle", "stepping", "failed"
-
-
-@dataclass(frozen=True)
-class Member:
-    """What the driver knows of a process that has joined.
-
-    seat: its place among the workers, which is the slice it normally computes; None: a spare.
-    committed: the step of its variables. awaited: the next group is not formed before it has taken its role.
-    """
-
-    doing: str = SPARE
-    seat: int | None = None
-    committed: int = NOTHING
-    awaited: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,13 +59,12 @@ class Flight:
     results: dict[str, Fields] = field(default_factory=dict)
 
 
-class Coordinator:
+class Coordinator(CoordinatorSeats):
     """The deciding half of the driver. All attributes are immutable values, or dicts of such.
 
     phase: gathering (until nothing moves any more and a group can be formed), forming, idle (in a group, no step),
-    stepping, failed. seats: slices of the step in flight, and places for workers. replicas: the same from the next
-    step on. reported: the last step reported done. losses, breaks: members lost, and groups that broke without a loss,
-    since a step was done.
+    stepping, failed. generation, group: the last one formed, and who is in it, by rank. breaks: groups that broke
+    without a loss since a step was done. flight: the step that is wanted. Of the rest, see `CoordinatorSeats`.
     """
 
     def __init__(
@@ -95,22 +82,15 @@ class Coordinator:
             with. max_losses: so many without a step in between, and no more members are started (default: three times
             all members). max_breaks: so many groups may break in a row although all their members live.
         """
-        self.replicas = self.seats = replicas
-        self.spares = spares
-        self.initial = self.reported = committed
-        self.max_losses = max_losses
+        super().__init__(replicas, spares, committed, max_losses)
         self.max_breaks = max_breaks
         self.phase = GATHERING
         self.generation = 0
-        self.group: tuple[str, ...] = ()  # of this generation, by rank
-        self.members: dict[str, Member] = {}  # in the order in which they joined
-        self.stopped: frozenset[str] = frozenset()  # and not heard to have ended
-        self.starting = 0
-        self.losses = self.breaks = 0
+        self.group: tuple[str, ...] = ()
+        self.breaks = 0
         self.last_loss = "nobody was lost"
         self.flight: Flight | None = None
         self.read_wanted = False
-        self._commands: list[DriverCommand] = []
 
     @property
     def complete(self) -> bool:
@@ -241,7 +221,7 @@ class Coordinator:
         self._fill_seats(warm)
         if self.phase == GATHERING and self._hopeless():
             self._fail(
-                f"nobody who has the variables of step {self.reported} is left; last loss: {self.last_loss}",
+                f"nobody who has the newest variables is left; last loss: {self.last_loss}",
                 variables_lost=self.reported > self.initial,
             )
         if self.phase == GATHERING and self._gathered():
@@ -268,35 +248,6 @@ class Coordinator:
             self._settle()
         else:
             self._hand_out(self.flight)
-
-    def _resize(self, seats: int) -> None:
-        """Change the number of seats; whoever loses its seat ends. Only in an idle group: there nobody is behind."""
-        self._story(f"{seats} seats instead of {self.seats}")
-        self.seats = seats
-        for name, member in list(self.members.items()):
-            if member.seat is not None and member.seat >= seats:
-                self._stop(name)
-        self._fill_seats(warm=True)
-
-    def _fill_seats(self, warm: bool) -> None:
-        """Empty seats go to spares, missing members are started, superfluous spares end."""
-        taken = {member.seat for member in self.members.values()}
-        empty = [seat for seat in range(self.seats) if seat not in taken]
-        spares = [name for name, member in self.members.items() if member.doing == SPARE]
-        for seat, name in zip(empty, spares, strict=False):
-            committed = self.initial if self.reported == self.initial else NOTHING
-            self.members[name] = Member(SPARE, seat, committed, awaited=warm)
-            self._tell(name, "role", {"committed": committed}, ROLE)
-        there = len(self.members) + self.starting
-        missing = self.replicas + self.spares - there
-        limit = 3 * (self.replicas + self.spares) if self.max_losses is None else self.max_losses
-        if missing > 0 and self.losses < limit:
-            self.starting += missing
-            self._story(f"{missing} more members are started")
-            self._commands.append(StartMembers(missing))
-        superfluous = there - max(self.replicas, self.seats) - self.spares
-        for name in spares[len(empty) :][: max(superfluous, 0)]:
-            self._stop(name)
 
     def _hopeless(self) -> bool:
         """Whether nobody can have the variables of what was reported. At first, whoever starts is given them.
@@ -356,36 +307,6 @@ class Coordinator:
 
     # --- small things -------------------------------------------------------------------------------------------------
 
-    def _workers(self, *doing: str) -> tuple[str, ...]:
-        """Members with a seat that are doing one of these, by seat."""
-        seated = [(m.seat, name) for name, m in self.members.items() if m.seat is not None and m.doing in doing]
-        return tuple(name for _, name in sorted(seated))
-
-    def _awaited(self) -> bool:
-        return any(member.awaited for member in self.members.values())
-
-    def _furthest(self) -> int:
-        return max((self.members[name].committed for name in self._workers(FREE, READY)), default=NOTHING)
-
-    def _tell(self, name: str, kind: str, fields: Fields, doing: str) -> None:
-        self._commands.append(Tell(name, kind, fields))
-        self._set(name, doing)
-
-    def _set(self, name: str, doing: str, committed: int | None = None) -> None:
-        """What a member is doing from now on; whoever owes an answer is expected to give it."""
-        member = self.members[name]
-        committed = member.committed if committed is None else committed
-        self.members[name] = replace(member, doing=doing, committed=committed, awaited=member.awaited and doing == ROLE)
-        self._story(f"{name}: {member.doing} → {doing}, step {committed} committed")
-        if doing != member.doing:
-            self._commands.append(Expect(name, doing if doing in OWES else None))
-
-    def _stop(self, name: str) -> None:
-        del self.members[name]
-        self.stopped |= {name}
-        self._story(f"{name} is not needed any more")
-        self._commands.append(Stop(name))
-
     def _enter(self, phase: str, why: str) -> None:
         self._story(f"{self.phase} → {phase}: {why}")
         self.phase = phase
@@ -393,10 +314,3 @@ class Coordinator:
     def _fail(self, reason: str, variables_lost: bool = False) -> None:
         self._enter(FAILED, reason)
         self._commands.append(Failed(reason, variables_lost))
-
-    def _story(self, text: str) -> None:
-        self._commands.append(Story(text))
-
-    def _taken(self) -> list[DriverCommand]:
-        commands, self._commands = self._commands, []
-        return commands

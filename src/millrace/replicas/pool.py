@@ -1,9 +1,9 @@
 """What the driver of a run over parameter servers does next: a state machine without I/O, clocks or tensors.
 
-It decides who holds which shard, who holds its copy, who is a worker and works at what. What it builds on:
+It is in three layers: what is known of members and told them (`pool_members`), who holds which shard and who its copy
+(`pool_shards`), and here who is a worker and works at what. What it builds on:
 
-- A shard acknowledges a push when its copy has it too, and says "uncopied" to the driver before it goes on without a
-  copy. So a copy that is taken to follow has all that was acknowledged.
+- A copy that takes the place of its shard has all that was acknowledged.
 - A worker whose shard was lost asks the next one again what was open. A worker that is lost is forgotten with all that
   it had not said it pushed: that is given to another. In sync mode the shards count a slice once.
 
@@ -15,77 +15,41 @@ from __future__ import annotations
 from dataclasses import replace
 
 from millrace.errors import WorkerError
-from millrace.replicas.pool_events import (
-    AllRead,
-    AllWritten,
-    Done,
-    FlushWanted,
-    Kill,
-    PoolCommand,
-    PoolEvent,
-    Sizes,
-    Wanted,
-    WriteWanted,
-)
+from millrace.replicas.pool_events import Done, FlushWanted, PoolCommand, PoolEvent, Sizes, Wanted, WriteWanted
+from millrace.replicas.pool_shards import PoolShards
 from millrace.replicas.pool_state import (
-    EMPTY,
     ENDING,
     FLUSH,
-    FOLLOWING,
     FREE,
     LEAVING,
-    PROMOTING,
-    READY,
     ROLE,
-    SENDING,
     SHARD,
     SPARE,
-    STARTING,
     UP,
     WORK,
     WORKERS,
     Member,
-    Place,
     Step,
     Work,
 )
-from millrace.replicas.protocol import (
-    Expect,
-    Failed,
-    Fields,
-    Joined,
-    Lost,
-    ReadWanted,
-    Resized,
-    Said,
-    StartMembers,
-    Story,
-    Tell,
-)
+from millrace.replicas.protocol import Expect, Fields, Joined, Lost, ReadWanted, Resized, Said
 
 
-class Pool:
+class Pool(PoolShards):
     """The deciding half of the driver. All attributes are immutable values, or dicts and lists of such.
 
-    repeats: how many batches or slices were given out again. dropped: how many pushes came too late to count.
-    losses: members lost since a step was done.
+    steps: those in flight, by number. queue: what of them nobody works at. repeats: how many batches or slices were
+    given out again. dropped: how many pushes came too late to count. flushing: whether workers are to push all they
+    have.
     """
 
     def __init__(self, sizes: Sizes) -> None:
-        self.sizes = sizes
-        self.members: dict[str, Member] = {}  # in the order in which they joined
-        self.places = [Place() for _ in range(sizes.servers)]
+        super().__init__(sizes)
         self.steps: dict[int, Step] = {}
         self.queue: list[Work] = []
-        self.starting = 0
-        self.repeats = self.dropped = self.losses = 0
-        self.touched = False  # whether the shards may have other values than the driver
+        self.repeats = self.dropped = 0
         self.flushing = False
-        self.asked = ""  # "read" or "write" of all shards
-        self.answered: dict[int, str] = {}
-        self.failed = False
         self._expected: dict[str, str] = {}
-        self._commands: list[PoolCommand] = []
 
     @property
     def room(self) -> int:
@@ -95,9 +59,8 @@ class Pool:
     @property
     def complete(self) -> bool:
         """Whether all shards, their copies, workers and spares are there and ready."""
-        copied = all(place.copy_state == FOLLOWING for place in self.places) or not self.sizes.copies
         workers = len(self._of(FREE, WORK, FLUSH)) == self.sizes.workers
-        return self._all_up() and copied and workers and len(self._of(SPARE)) >= self.sizes.spares
+        return self._all_up() and self._copied() and workers and len(self._of(SPARE)) >= self.sizes.spares
 
     def start(self) -> list[PoolCommand]:
         """What to do before the first event."""
@@ -166,39 +129,10 @@ class Pool:
         if member is None or member.doing != LEAVING:
             self._count_loss(f"{name}: {why}")
 
-    def _count_loss(self, what: str) -> None:
-        self.losses += 1
-        limit = self.sizes.max_losses
-        limit = 3 * self._total() if limit is None else limit
-        if self.losses > limit and not self.failed:
-            self._fail(f"{self.losses} processes were lost without a step in between; the last one, {what}")
-
     def _give_back(self, member: Member) -> None:
         again = [work for work in member.holds if self._is_open(work) and work not in self.queue]
         self.repeats += len(again)
         self.queue = sorted([*again, *self.queue])
-
-    def _lost_of_shard(self, shard: int, name: str, why: str) -> None:
-        place = self.places[shard]
-        if place.copy == name:
-            self.places[shard] = replace(place, copy="", copy_state=EMPTY)
-        if place.holder != name:
-            return
-        if place.copy_state == FOLLOWING:
-            self.places[shard] = Place(PROMOTING, place.copy, place.copy_address, needed=place.needed)
-            self._story(f"{place.copy} is to take the place of shard {shard}")
-            self._tell(place.copy, "promote")
-        elif self.touched:
-            lacking = "its copy was not complete" if self.sizes.copies else "it has no copy"
-            self._fail(
-                f"shard {shard} of the variables is lost with {name} ({why}), and {lacking}: only the last checkpoint "
-                "has its variables.",
-                variables_lost=True,
-            )
-        else:
-            if place.copy:
-                self._kill(place.copy, "it is the copy of nothing")
-            self.places[shard] = Place()
 
     def _said(self, name: str, kind: str, fields: Fields) -> None:
         member = self.members.get(name)
@@ -221,40 +155,6 @@ class Pool:
                 "on what came before; please report both logs."
             )
 
-    def _shard_said(self, name: str, kind: str, fields: Fields) -> None:
-        shard = next(number for number, place in enumerate(self.places) if name in (place.holder, place.copy))
-        place = self.places[shard]
-        is_holder = name == place.holder
-        match kind:
-            case "ready" if is_holder:
-                self._is_up(shard, replace(place, state=UP, address=fields["address"]))
-            case "promoted" if is_holder:
-                self._is_up(shard, replace(place, state=UP, needed=0))
-            case "ready":
-                self.places[shard] = replace(place, copy_state=READY, copy_address=fields["address"])
-            case "copied":
-                if place.copy == fields["member"]:
-                    self.places[shard] = replace(place, copy_state=FOLLOWING)
-                    self._story(f"{place.copy} follows shard {shard}")
-            case "uncopied":
-                if place.copy == fields["member"]:
-                    self._kill(place.copy, f"it does not follow shard {shard} any more: {fields['why']}")
-                    self.places[shard] = replace(place, copy="", copy_state=EMPTY)
-            case "configured":
-                self.places[shard] = replace(place, owes=place.owes - {kind})
-            case "read" | "written":
-                self.places[shard] = replace(place, owes=place.owes - {kind})
-                self.answered[shard] = name
-            case _:
-                raise WorkerError(f"{name}, which holds shard {shard} or its copy, says {kind!r}, which cannot be.")
-
-    def _is_up(self, shard: int, place: Place) -> None:
-        self.places[shard] = place
-        self._story(f"shard {shard} is at {place.holder}")
-        for name, member in self.members.items():
-            if member.doing in WORKERS:
-                self._tell(name, "moved", {"shard": shard, "address": place.address})
-
     def _done(self, name: str, member: Member, fields: Fields) -> None:
         pushed = [(step, slice_) for step, slice_ in fields["pushed"]]
         holds = tuple(work for work in member.holds if work not in pushed)
@@ -274,16 +174,15 @@ class Pool:
         if self.failed:
             return
         self._report()
-        self._fill_places()
+        needed = next((step.needed for step in self.steps.values()), 0)
+        self._fill_places(needed or 1)
+        self._fill_copies()
         self._fill_workers()
         self._start_missing()
         self._dismiss()
-        for shard, place in enumerate(self.places):
-            if place.state == UP and place.copy_state == READY:
-                self.places[shard] = replace(place, copy_state=SENDING)
-                self._tell(place.holder, "copy", {"address": place.copy_address, "member": place.copy})
+        self._send_copies()
         self._go_on_asking()
-        if self._all_up() and self._configured():
+        if self._all_up() and (not self.sizes.sync or not needed or self._configured(needed)):
             self._hand_out()
         if self.flushing and not self.queue:
             for name in [n for n, m in self.members.items() if m.doing == FREE and m.holds]:
@@ -300,32 +199,9 @@ class Pool:
                 self._commands.append(Done(step, tuple(sorted(found.pushed))))
         self.flushing = self.flushing and bool(self.steps)
 
-    def _fill_places(self) -> None:
-        """Shards get a process first, their copies when all shards have one."""
-        for shard, place in enumerate(self.places):
-            if place.state == EMPTY and (name := self._spare()):
-                needed = next((step.needed for step in self.steps.values()), 1)
-                self.places[shard] = Place(STARTING, name, needed=needed)
-                self._give_role(name, SHARD, {"role": "shard", "shard": shard, "copy": False, "needed": needed})
-        if not self.sizes.copies or any(place.state == EMPTY for place in self.places):
-            return
-        for shard, place in enumerate(self.places):
-            if place.state == UP and not place.copy and (name := self._spare()):
-                self.places[shard] = replace(place, copy=name, copy_state=STARTING)
-                role = {"role": "shard", "shard": shard, "copy": True, "needed": place.needed or 1}
-                self._give_role(name, SHARD, role)
-
     def _fill_workers(self) -> None:
         while self._all_up() and len(self._of(*WORKERS)) < self.sizes.workers and (name := self._spare()):
             self._give_role(name, ROLE, {"role": "server_worker", "addresses": [p.address for p in self.places]})
-
-    def _start_missing(self) -> None:
-        alive = sum(member.doing not in (ENDING, LEAVING) for member in self.members.values())
-        missing = self._total() - alive - self.starting
-        if missing > 0:
-            self.starting += missing
-            self._story(f"{missing} more members are started")
-            self._commands.append(StartMembers(missing))
 
     def _leaving(self) -> list[str]:
         """Workers that are too many: those who came last."""
@@ -340,31 +216,6 @@ class Pool:
                 self._set(name, replace(member, doing=FLUSH))
             elif member.doing == FREE:
                 self._end(name)
-
-    def _go_on_asking(self) -> None:
-        """Ask every shard that can be asked; the next holder of one that was lost is asked again."""
-        if not self.asked:
-            return
-        answer = {"read": "read", "write": "written"}[self.asked]
-        for shard, place in enumerate(self.places):
-            if place.state == UP and shard not in self.answered and answer not in place.owes:
-                self.places[shard] = replace(place, owes=place.owes | {answer})
-                self._tell(place.holder, self.asked, {"shard": shard})
-        if len(self.answered) == self.sizes.servers:
-            members = tuple(self.answered[shard] for shard in range(self.sizes.servers))
-            self._commands.append(AllRead(members) if self.asked == "read" else AllWritten())
-            self.asked, self.answered = "", {}
-
-    def _configured(self) -> bool:
-        """Whether all shards wait for as many slices as the step needs; those that do not are told."""
-        if not self.sizes.sync or not self.steps:
-            return True
-        (step,) = self.steps.values()
-        for shard, place in enumerate(self.places):
-            if place.needed != step.needed:
-                self.places[shard] = replace(place, needed=step.needed, owes=place.owes | {"configured"})
-                self._tell(place.holder, "configure", {"needed": step.needed})
-        return not any("configured" in place.owes for place in self.places)
 
     def _hand_out(self) -> None:
         for step, slice_ in list(self.queue):
@@ -391,7 +242,7 @@ class Pool:
         if member.doing in WORKERS:
             owed = f"step {member.work[0]}, slice {member.work[1]}" if member.work else member.doing
             return owed if self._all_up() and member.doing != FREE else ""
-        return next((place.owed_by(name) for place in self.places if name in (place.holder, place.copy)), "")
+        return self._owed_of_shard(name)
 
     # -- small things ---------------------------------------------------------------------------------------------
 
@@ -405,52 +256,6 @@ class Pool:
     def _slowest(self) -> int:
         return min((self.members[name].clock for name in self._of(FREE, WORK, FLUSH)), default=0)
 
-    def _of(self, *doing: str) -> list[str]:
-        return [name for name, member in self.members.items() if member.doing in doing]
-
-    def _spare(self) -> str:
-        return next(iter(self._of(SPARE)), "")
-
-    def _all_up(self) -> bool:
-        return all(place.state == UP for place in self.places)
-
     def _is_open(self, work: Work) -> bool:
         step = self.steps.get(work[0])
         return step is not None and work[1] not in step.pushed
-
-    def _total(self) -> int:
-        sizes = self.sizes
-        return sizes.servers * (1 + sizes.copies) + sizes.workers + sizes.spares
-
-    def _give_role(self, name: str, doing: str, fields: Fields) -> None:
-        self._set(name, Member(doing))
-        self._story(f"{name} is to be {dict(fields)}")
-        self._tell(name, "role", fields)
-
-    def _set(self, name: str, member: Member) -> None:
-        self.members[name] = member
-
-    def _tell(self, name: str, kind: str, fields: Fields | None = None) -> None:
-        self._commands.append(Tell(name, kind, fields or {}))
-
-    def _kill(self, name: str, why: str) -> None:
-        if self.members[name].doing not in (ENDING, LEAVING):
-            self._set(name, replace(self.members[name], doing=ENDING))
-            self._story(f"{name} is to end: {why}")
-            self._commands.append(Kill(name, why))
-
-    def _end(self, name: str) -> None:
-        self._kill(name, "it is not needed any more")
-        self._set(name, replace(self.members[name], doing=LEAVING))
-
-    def _fail(self, reason: str, variables_lost: bool = False) -> None:
-        self.failed = True
-        self._story(reason)
-        self._commands.append(Failed(reason, variables_lost))
-
-    def _story(self, text: str) -> None:
-        self._commands.append(Story(text))
-
-    def _taken(self) -> list[PoolCommand]:
-        commands, self._commands = self._commands, []
-        return commands

@@ -7,7 +7,6 @@ same tensors follow as bytes.
 from __future__ import annotations
 
 import contextlib
-import select
 import socket
 import struct
 import time
@@ -18,7 +17,16 @@ import torch
 from torch import Tensor
 
 from millrace.errors import WorkerError
-from millrace.runtime.messages import LONGEST_WAIT_S, Message, bytes_of, reading, receive_bytes, send, send_bytes
+from millrace.runtime.messages import (
+    LONGEST_WAIT_S,
+    Message,
+    bytes_of,
+    readable,
+    reading,
+    receive_bytes,
+    send,
+    send_bytes,
+)
 
 _LENGTH = struct.Struct("<I")
 _NO_MESSAGE = 0x8000_0000  # set in the length of what is not a `Message`
@@ -72,7 +80,7 @@ class Link:
     def readable(self, timeout_s: float) -> bool:
         """Whether something comes within so long; the end of the connection is something."""
         try:
-            return bool(select.select([self.connection], [], [], timeout_s)[0])
+            return bool(readable([self.connection], timeout_s))
         except (OSError, ValueError):  # it was closed here
             return True
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
 from millrace.errors import SettingError, did_you_mean
@@ -160,6 +160,24 @@ def update_of(given: str | Update) -> Update:
             f"LocalSteps(…) of millrace.replicas.settings. {did_you_mean(str(given), list(_BY_NAME))}"
         )
     return _BY_NAME[given]()
+
+
+def with_servers(update: str | Update, parameter_servers: int | None, backup: int | None) -> Update:
+    """What a user's word stands for, with as many servers and backup workers as are said beside it.
+
+    Raises: SettingError as `update_of`, for a way that has none of these, and where `update` says another number.
+    """
+    rule = update_of(update)
+    beside = {"parameter_servers": parameter_servers, "backup": backup}
+    said = {name: value for name, value in beside.items() if value is not None}
+    kind = type(rule)
+    for name, value in said.items():
+        if name not in kind.__dataclass_fields__:
+            raise SettingError(f"{name}={value!r}: {kind.__name__} has no such setting. Leave it out.")
+        own = getattr(rule, name)
+        if own not in (value, getattr(kind(), name)):
+            raise SettingError(f"{name}={value!r}, and update={kind.__name__}({name}={own!r}, …): say it once.")
+    return replace(rule, **said) if said else rule
 
 
 def check_wire(update: Update, transport: str | None, wire: Mapping[str, str] | str | None) -> None:

@@ -7,10 +7,11 @@ The header's "tensors" lists (name, dtype, shape) of each. Nothing is pickled.
 from __future__ import annotations
 
 import json
+import select
 import socket
 import struct
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +66,18 @@ def reading() -> Generator[memoryview, None, Message]:
             yield bytes_of(tensor)
         tensors[name] = tensor
     return Message(described["kind"], described["fields"], tensors)
+
+
+def readable(connections: Iterable[socket.socket], within_s: float) -> list[socket.socket]:
+    """Those that have something to read within so long; the end of a connection is something.
+
+    Raises: ValueError for one that was closed here.
+    """
+    by_number = {connection.fileno(): connection for connection in connections}
+    polled = select.poll()  # `select.select` takes no file whose number is above 1,023
+    for number in by_number:
+        polled.register(number, select.POLLIN)
+    return [by_number[number] for number, _ in polled.poll(1e3 * within_s)]
 
 
 def send(connection: socket.socket, message: Message, timeout_s: float, who: str) -> None:

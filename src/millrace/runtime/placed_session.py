@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from millrace.compile.tiered import Say
-from millrace.errors import FetchError, MillraceError, SettingError, did_you_mean
+from millrace.errors import FetchError, MillraceError, did_you_mean
 from millrace.graph.graph import TRAIN, Graph
 from millrace.partition.files import save_program
 from millrace.partition.program import Partition
@@ -79,7 +79,6 @@ class PlacedSession(RemoteSession):
         say: Say = log.info,
     ) -> None:
         check_transport(transport)
-        _refuse_other_devices(graph)
         super().__init__(graph, variables, say)
         self.microbatches = microbatches
         self.timeline: Timeline | None = None  # of the last step, while `watch_time` is set
@@ -220,13 +219,3 @@ class PlacedSession(RemoteSession):
             times = {device: answer.fields["times"] for device, answer in answers.items()}
             self.timeline = Timeline(program.graph, program.partition, times, self.wire_bytes())
         return answers
-
-
-def _refuse_other_devices(graph: Graph) -> None:
-    specs = [*(variable.spec for variable in graph.variables), *(feed.spec for feed in graph.feeds)]
-    elsewhere = sorted({spec.device for spec in specs} - {"cpu"})
-    if elsewhere:
-        raise SettingError(
-            f"a step that is to be divided over devices is traced on the CPU, but this one has tensors on "
-            f"{', '.join(elsewhere)}. Leave the model and its batches on the CPU: the devices get their parts of it."
-        )

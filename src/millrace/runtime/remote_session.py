@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from millrace.compile.tiered import Say
-from millrace.errors import FeedError, WorkerError
+from millrace.errors import FeedError, SettingError, WorkerError
 from millrace.graph.graph import Graph
 from millrace.runtime.save_nodes import SideGraph
 from millrace.runtime.session import Session
@@ -32,7 +32,11 @@ class RemoteSession(abc.ABC):
     taken_before = 0  # steps of the run that are not of this session, which messages count too
 
     def __init__(self, graph: Graph, variables: Mapping[str, Tensor] | None, say: Say) -> None:
-        """variables: name -> value, where they are not `graph.initial`."""
+        """variables: name -> value, where they are not `graph.initial`.
+
+        Raises: SettingError for a step on another device than the CPU.
+        """
+        _refuse_other_devices(graph)
         self.graph = graph
         self._own = Session(graph, variables, compile="eager", say=say)
         self._stale = False  # whether the other processes have newer values than `variables`
@@ -140,3 +144,14 @@ class RemoteSession(abc.ABC):
 
 
 AnySession = Session | RemoteSession
+
+
+def _refuse_other_devices(graph: Graph) -> None:
+    specs = [*(variable.spec for variable in graph.variables), *(feed.spec for feed in graph.feeds)]
+    elsewhere = sorted({spec.device for spec in specs} - {"cpu"})
+    if elsewhere:
+        raise SettingError(
+            "a step that other processes run is traced on the CPU, and this one has tensors on "
+            f"{', '.join(elsewhere)}. Leave the model and its batches on the CPU: workers of devices=… put their parts "
+            "of the step where they belong; replicas compute on CPUs."
+        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -20,7 +19,7 @@ from millrace.child_process import Child
 from millrace.errors import MillraceError, WorkerError
 from millrace.fork_server import fork_module
 from millrace.place.cluster import Device
-from millrace.runtime.messages import LONGEST_WAIT_S, Message, receive, send, silent
+from millrace.runtime.messages import LONGEST_WAIT_S, Message, readable, receive, send, silent
 
 _START_TIMEOUT_S = 120.0
 _LOOPBACK = "127.0.0.1"  # all are here
@@ -116,7 +115,7 @@ class ProcessWorkers:
         deadline_s = began_s + timeout_s
         while waiting:
             left_s = max(0.0, deadline_s - time.monotonic())
-            ready, _, _ = select.select(list(waiting), [], [], min(left_s, LONGEST_WAIT_S))
+            ready = readable(waiting, min(left_s, LONGEST_WAIT_S))
             for connection in ready or (list(waiting) if left_s == 0.0 else []):
                 device = waiting.pop(connection)
                 try:

@@ -89,15 +89,15 @@ def fit(
         replicas: train in so many processes at once; processes may die. update: how they agree. "sync": each works at
             a slice of every batch, and the result is that of one process (up to rounding). "async": each works at a
             batch of its own and pushes gradients to parameter servers when they are ready. "local_steps": each trains
-            alone for some steps. Or one of `millrace.replicas.settings` with more to say: Async(bound=4),
-            Sync(parameter_servers=2, backup=1). transport, wire: how gradients that are added up travel; wire is
-            "bfloat16" or None. cluster: where they run: None for processes of this machine, "local"
-            or an address for Ray. room_within_s: how long Ray may take to find room for all. spares: how many more
-            stand by. patience_s: how long one may show no progress (None:
-            from the measured steps). drop_failing: replace a process in which the step failed, instead of ending with
-            its error. imports: modules that they import first, for operators of your own. chaos_s: kill one every so
-            many seconds, to see that nothing is lost. Of a run over servers the run directory also has
-            staleness.json. See docs/replicas.md.
+            alone for some steps. Or one of `millrace.replicas.settings` with more to say: Async(bound=4).
+            parameter_servers: how many processes hold the variables; "sync" has none unless they are said here. backup:
+            how many replicas more work than an update of "sync" waits for, over servers. transport, wire: how gradients
+            that are added up travel; wire is "bfloat16" or None. cluster: where they run: None for processes of this
+            machine, "local" or an address for Ray. room_within_s: how long Ray may take to find room for all. spares:
+            how many more stand by. patience_s: how long one may show no progress (None: from the measured steps).
+            drop_failing: replace a process in which the step failed, instead of ending with its error. imports: modules
+            that they import first, for operators of your own. chaos_s: kill one every so many seconds, to see that
+            nothing is lost. Of a run over servers the run directory also has staleness.json. See docs/replicas.md.
         steps_per_call: run this many steps in one compiled call (for small models).
         seed: of the data's order and of the step's random numbers (not of the model's initial weights).
         evaluate_every, checkpoint_every: in steps; by default at the end of every epoch.

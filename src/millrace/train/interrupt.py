@@ -15,14 +15,19 @@ class Interruptible:
     Outside the main thread, where handlers cannot be set, signals are left alone.
 
     requested: whether somebody asks for the same in another way. at_once: whether there is nothing to save yet, so that
-    already the first signal ends what is done.
+    already the first signal ends what is done. noted: told who asked, in a thread of its own: a handler may have come
+    between any two instructions of the main thread, also where that holds a lock or is writing.
     """
 
     def __init__(
-        self, requested: Callable[[], bool] = lambda: False, at_once: Callable[[], bool] = lambda: False
+        self,
+        requested: Callable[[], bool] = lambda: False,
+        at_once: Callable[[], bool] = lambda: False,
+        noted: Callable[[str], None] = lambda asked: None,
     ) -> None:
         self._requested = requested
         self._at_once = at_once
+        self._noted = noted
         self._asked: str | None = None
         self._saved: dict[signal.Signals, Any] = {}
 
@@ -50,6 +55,7 @@ class Interruptible:
         self._restore()
         if self._at_once():
             raise KeyboardInterrupt(f"{self._asked} before the first step")
+        threading.Thread(target=self._noted, args=(self._asked,), name="millrace-interrupt", daemon=True).start()
 
     def _restore(self) -> None:
         for number, handler in self._saved.items():

@@ -15,7 +15,7 @@ from millrace.graph.training import PRECISIONS
 from millrace.place.cluster import Cluster
 from millrace.place.hints import Hints
 from millrace.place.wire import Wire
-from millrace.replicas.settings import Hybrid, LocalSteps, Update, check_wire, update_of
+from millrace.replicas.settings import Hybrid, LocalSteps, Update, check_wire, update_of, with_servers
 from millrace.runtime.transport.choose import check_transport
 from millrace.train.early_stopping import EarlyStopping
 
@@ -39,6 +39,8 @@ class PlanSettings(TypedDict, total=False):
     wire: Mapping[str, str] | str | None
     replicas: int | None
     update: str | Update
+    parameter_servers: int | None
+    backup: int | None
     cluster: str | None
     spares: int
     room_within_s: float
@@ -90,6 +92,8 @@ class Plan:
     wire: Mapping[str, str] | str | None = None
     replicas: int | None = None
     update: str | Update = "sync"
+    parameter_servers: int | None = None
+    backup: int | None = None
     cluster: str | None = None
     spares: int = 1
     room_within_s: float = 30.0
@@ -165,7 +169,9 @@ class Plan:
             raise SettingError(f"schedule={self.schedule!r}: expected a function from the step to a factor")
 
     def _check_replicas(self) -> None:
-        update = update_of(self.update)
+        update = with_servers(self.update, self.parameter_servers, self.backup)
+        if self.parameter_servers is not None or self.backup is not None:
+            object.__setattr__(self, "update", update)
         if isinstance(update, Hybrid) and update.replicas not in (None, self.replicas):
             if self.replicas is not None:
                 raise SettingError(

@@ -53,7 +53,9 @@ class ReplicaRun(Callback):
         Raises: SettingError for a step that cannot be trained so.
         """
         update = update_of(self._plan.update)
-        self._tell_of_idle_replicas(update, graph)
+        idle = told_of_idle(graph, self._plan.replicas or 1)
+        if idle and not isinstance(update, Async):
+            self._say(idle)
         self._say(f"starting {processes(update, self._plan.replicas or 1, self._plan.spares)} processes")
         directory = ScratchDirectory()
         path = Path(directory.name)
@@ -74,15 +76,6 @@ class ReplicaRun(Callback):
             hub.close()
             directory.cleanup()
             raise
-
-    def _tell_of_idle_replicas(self, update: Update, graph: Graph) -> None:
-        replicas = self._plan.replicas or 1
-        sizes = [feed.spec.shape[0] for feed in graph.feeds if feed.spec.shape]
-        if sizes and replicas > min(sizes) and not isinstance(update, Async):
-            self._say(
-                f"a batch of {min(sizes)} examples has a slice for no more than {min(sizes)} of {replicas} replicas; "
-                'the others are idle. Take larger batches, fewer replicas, or update="async".'
-            )
 
     def completed(self, result: Result) -> Result:
         """The result of the run, with what is known of its updates."""
@@ -177,6 +170,17 @@ class ReplicaRun(Callback):
             schedule_within_s=plan.room_within_s,
             say=self._say,
         )
+
+
+def told_of_idle(graph: Graph, replicas: int) -> str:
+    """What is to be said where a batch that is divided over so many has too few examples; "" where it has enough."""
+    least = min((feed.spec.shape[0] for feed in graph.feeds if feed.spec.shape), default=replicas)
+    if replicas <= least:
+        return ""
+    return (
+        f"a batch of {least} examples has a slice for no more than {least} of {replicas} replicas; the others are "
+        'idle. Take larger batches, fewer replicas, or update="async".'
+    )
 
 
 def _chaos(session: ReplicatedSession | ServerSession, every_s: float, seed: int) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from millrace.data.batches import Batches
@@ -19,11 +18,13 @@ from millrace.replicas.members_session import MembersSession
 from millrace.runtime.remote_session import AnySession, RemoteSession
 from millrace.train.averages import averaged, put_averages
 from millrace.train.callbacks import CallbackList
+from millrace.train.calls import grouped, stretch
 from millrace.train.evaluation import examples_in
 from millrace.train.interrupt import Interruptible
 from millrace.train.journal import Journal
 from millrace.train.nonfinite import explain_nonfinite, nonfinite_parameter
 from millrace.train.plan import Plan
+from millrace.train.replicas import told_of_idle
 from millrace.train.restarts import Restarts
 from millrace.train.result import Result
 from millrace.train.run_directory import RunDirectory
@@ -71,7 +72,9 @@ class Trainer:
         self._restored = resumed[1] if resumed else None
         self._session: AnySession | None = None
         self._fetches: list[str] = []
-        self._signals = Interruptible(StopRequest(self.directory), at_once=lambda: self._session is None)
+        self._signals = Interruptible(
+            StopRequest(self.directory), at_once=lambda: self._session is None, noted=self._tell_of_signal
+        )
         self._stop = False
         self._in_stretch = self._pull_later = False
         self._data_error: Exception | None = None
@@ -107,6 +110,8 @@ class Trainer:
         session.resize(replicas)
         if replicas != self._resized_to:
             self._journal.say(f"resized to {replicas} after step {self.step}")
+            if not session.works_ahead and (text := told_of_idle(session.graph, replicas)):
+                self._journal.say(text)
         self._resized_to = replicas
 
     def run(self) -> Result:
@@ -150,6 +155,10 @@ class Trainer:
             restarts=self._restarts.count,
             lost_updates=self._restarts.lost_updates,
         )
+
+    def _tell_of_signal(self, asked: str) -> None:
+        after = "all is saved" if self.directory else "the run ends"
+        self._journal.say(f"{asked}: what is in work is finished, then {after}; a second one ends it at once")
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -219,33 +228,25 @@ class Trainer:
         The first step goes alone, so that it comes soon. A session that works at several batches at once gets a stretch
         of them: an iterator that ends where something falls due.
         """
-        group: list[Any] = []
         batches = self._read()
-        for batch in batches:
-            if self._session is not None and self._session.works_ahead:
-                yield self._stretch(batch, batches)
-                continue
-            if group and _form(batch) != _form(group[0]):
-                yield group
-                group = []
-            group.append(batch)
-            full = len(group) == self.plan.steps_per_call or self._session is None
-            if full or self._wanted_to_end() or self._falls_due(self._batches.handed_out):
-                yield group
-                group = []
-        if group:
-            yield group
+        if self._session is None:
+            for batch in batches:
+                yield [batch]
+                break
+        if self._session is not None and self._session.works_ahead:
+            for batch in batches:
+                yield stretch(batch, batches, self._stretch_ends)
+        else:
+            yield from grouped(batches, self.plan.steps_per_call, self._call_ends)
 
-    def _stretch(self, batch: Any, batches: Iterator[Any]) -> Iterator[Any]:
-        """A batch and those after it, up to where something falls due or the run is wanted to end."""
-        yield batch
-        while not (self._wanted_to_end() or self._falls_due(self._batches.handed_out) or self._unsaved_for_long()):
-            if self._pull_later:
-                return
-            following = next(batches, None)
-            if following is None:
-                return
-            yield following
+    def _call_ends(self) -> bool:
+        """Whether the run is wanted to end, or evaluation or a checkpoint is wanted after the last batch read."""
+        intervals = (self.plan.evaluate_every, self.plan.checkpoint_every)
+        falls_due = any(every is not None and self._batches.handed_out % every == 0 for every in intervals)
+        return falls_due or self._wanted_to_end()
+
+    def _stretch_ends(self) -> bool:
+        return self._call_ends() or self._unsaved_for_long() or self._pull_later
 
     def _read(self) -> Iterator[Any]:
         """The batches of the rest of one epoch. An error waits in `_data_error` until those read were trained on."""
@@ -255,11 +256,6 @@ class Trainer:
             yield from self._batches.until(batches=self.plan.steps, epochs=epochs)
         except Exception as error:
             self._data_error = error
-
-    def _falls_due(self, step: int) -> bool:
-        """Whether evaluation or a checkpoint is wanted after this step, so that a call must end here."""
-        intervals = (self.plan.evaluate_every, self.plan.checkpoint_every)
-        return any(every is not None and step % every == 0 for every in intervals)
 
     def _take(self, calls: list[Any]) -> None:
         """Run one call's steps."""
@@ -485,9 +481,3 @@ class Trainer:
             except Exception as error:
                 problems.append(error)
         return problems
-
-
-def _form(batch: Any) -> tuple[Any, ...]:
-    """What batches that are stacked for one call must have in common; stacking would convert dtypes without a word."""
-    leaves, nest = pytree.tree_flatten(batch)
-    return nest, *((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else None for leaf in leaves)

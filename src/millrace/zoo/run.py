@@ -78,6 +78,8 @@ class Division:
     wire: str | None = None
     replicas: int | None = None
     update: str | Update = "sync"
+    parameter_servers: int | None = None
+    backup: int | None = None
     cluster: str | None = None
     chaos_s: float | None = None
     room_within_s: float = 30.0
@@ -186,6 +188,8 @@ def train(
             wire=division.wire,
             replicas=division.replicas,
             update=division.update,
+            parameter_servers=division.parameter_servers,
+            backup=division.backup,
             cluster=division.cluster,
             chaos_s=division.chaos_s,
             room_within_s=division.room_within_s,

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed import FileStore, ProcessGroupGloo, Store, TCPStore, Work  # type: ignore[attr-defined]
+from torch.distributed import FileStore, ProcessGroupGloo, Work  # type: ignore[attr-defined]
 
 from millrace.errors import GraphError, WorkerError
 from millrace.partition.program import Edge
@@ -164,19 +164,19 @@ def connect(
     device: str,
     devices: Sequence[str],
     edges: Iterable[Edge],
-    store: Path | tuple[str, int],
+    store: Path,
     timeout_s: float,
     address: str = "127.0.0.1",
 ) -> GlooTransport:
     """This worker's transport, once all workers have come.
 
-    Anyone who can reach the store or the addresses can take part: use a network of your own.
+    Anyone who can reach the addresses can send to it: use a network of your own.
 
     Args:
         device: this worker's.
         devices: all of them, in the same order for every worker.
         edges: all of the partition, in the same order for every worker.
-        store: where they meet: a new file that all can reach, or the host and port at which the first device listens.
+        store: where they meet: a new file that all can reach.
         timeout_s: seconds for the others to come, and later for a peer to take the message before.
         address: of the network interface of this host that tensors go through.
 
@@ -188,11 +188,7 @@ def connect(
     options._devices = [ProcessGroupGloo.create_device(hostname=address, lazy_init=False)]
     options._timeout = limit
     try:
-        meeting: Store
-        if isinstance(store, Path):
-            meeting = FileStore(str(store), len(devices))
-        else:
-            meeting = TCPStore(store[0], store[1], len(devices), is_master=rank == 0, timeout=limit)
+        meeting = FileStore(str(store), len(devices))
         meeting.set_timeout(limit)
         group = ProcessGroupGloo(meeting, rank, len(devices), options)
     except RuntimeError as error:

@@ -1,0 +1,40 @@
+"""Connections that are waited for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from millrace.runtime.messages import readable
+
+
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """As a process has that is connected with many: the next file's number is above 1,023."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as stack:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for _ in range(1100):
+            stack.callback(os.close, os.dup(0))
+        yield
+
+
+def test_connections_of_a_process_with_many_files_are_waited_for(many_files: None) -> None:
+    pairs = [socket.socketpair() for _ in range(3)]
+    with contextlib.ExitStack() as stack:
+        for connection in (end for pair in pairs for end in pair):
+            stack.enter_context(connection)
+        ours = [here for here, _ in pairs]
+        assert min(here.fileno() for here in ours) > 1023
+        assert readable(ours, 0.0) == []
+        pairs[1][1].send(b"x")
+        pairs[2][1].close()
+        assert readable(ours, 1.0) == ours[1:]
+    with pytest.raises(ValueError, match="negative"):
+        readable(ours, 1.0)
