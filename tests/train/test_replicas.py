@@ -18,8 +18,10 @@ from millrace.errors import SettingError
 from millrace.replicas.session import ReplicatedSession
 from millrace.replicas.settings import Async, Hybrid, LocalSteps, Sync, Update
 from millrace.train.callbacks import Callback, RunView
+from millrace.train.devices import DeviceRun
 from millrace.train.fit import fit
-from millrace.train.replicas import told_of_idle
+from millrace.train.plan import Plan
+from millrace.train.replicas import ReplicaRun, told_of_idle
 
 RATE = 0.1
 ROUNDED = 2.01 * 2**-8  # of what is added up, at most: see gloo_group
@@ -224,9 +226,12 @@ def test_replicas_for_whom_a_batch_has_no_slice_are_told_of() -> None:
     assert "a batch of 4 examples has a slice for no more than 4 of 5 replicas" in told_of_idle(graph, 5)
 
 
-@pytest.mark.parametrize("settings", [{"replicas": 2, "spares": 0}, {"devices": 2}], ids=["replicas", "devices"])
-def test_a_model_that_is_not_on_the_cpu_is_refused(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "run", [ReplicaRun(Plan(steps=1, replicas=2), print), DeviceRun(Plan(steps=1, devices=2), print)]
+)
+def test_a_step_that_is_not_on_the_cpu_is_refused(run: ReplicaRun | DeviceRun) -> None:
     net = nn.Linear(6, 3, device="meta")  # a device that every machine has
-    data = torch.randn(EXAMPLES, 6), torch.randint(0, 3, (EXAMPLES,)), torch.arange(EXAMPLES)
+    batch = torch.empty(8, 6, device="meta"), torch.empty(8, dtype=torch.int64, device="meta")
+    graph = millrace.training_graph(net, loss, torch.optim.SGD(net.parameters(), lr=RATE), batch)
     with pytest.raises(SettingError, match=r"has tensors on meta\. Leave the model and its batches on the CPU"):
-        fit(net, data, loss=with_seen, optimizer=millrace.optim.adagrad(0.1), steps=1, **QUIET, **settings)
+        run.session(graph)
