@@ -169,7 +169,7 @@ def with_servers(update: str | Update, parameter_servers: int | None, backup: in
     """
     rule = update_of(update)
     beside = {"parameter_servers": parameter_servers, "backup": backup}
-    said = {name: value for name, value in beside.items() if value is not None}
+    said: dict[str, Any] = {name: value for name, value in beside.items() if value is not None}
     kind = type(rule)
     for name, value in said.items():
         if name not in kind.__dataclass_fields__:
