@@ -11,7 +11,6 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import millrace
-from millrace.replicas.settings import Sync
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -38,7 +37,8 @@ def main(epochs: int = 12) -> float:
         epochs=epochs,
         validation=(images[:300], labels[:300]),
         replicas=3,
-        update=Sync(parameter_servers=2, backup=1),
+        parameter_servers=2,
+        backup=1,
         compile="eager",
         run_dir=False,
     )
