@@ -140,11 +140,23 @@ def test_where_no_server_can_fork_a_child_is_started_plainly(monkeypatch: pytest
     def refused(*_: object) -> int:
         raise OSError
 
-    monkeypatch.setattr(fork_server, "_fork", refused)
+    monkeypatch.setattr(fork_server, "_ask", refused)
     with tempfile.TemporaryFile() as errors:
         child = fork_module("forked", [str(os.getpid()), "go"], errors=errors, environment=THREADS)
         assert not isinstance(child, ForkedChild)
         assert child.wait(60.0) == 7
+
+
+def test_a_prepared_server_has_imported_what_its_forks_need() -> None:
+    fork_server._end_server()
+    fork_server.prepare("forked")
+    until_s = time.monotonic() + 60.0
+    while fork_server._server is None or "forked" not in fork_server._server._imported:
+        assert time.monotonic() < until_s
+        time.sleep(0.05)
+    prepared = server_pid()
+    assert said("go")[0] == "go"
+    assert server_pid() == prepared
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])

@@ -22,7 +22,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
 
@@ -65,8 +65,19 @@ def fork_module(
     with _lock:
         for _ in range(2):  # the server may have been killed, or be stuck
             with contextlib.suppress(OSError):
-                return ForkedChild(_fork(request, [errors.fileno(), *descriptors]))
+                return ForkedChild(_ask(lambda server: server.fork(request, [errors.fileno(), *descriptors])))
     return start_module(module, arguments, errors=errors, environment=environment, descriptors=descriptors)
+
+
+def prepare(module: str) -> None:
+    """Have this process's server import what a module imports, beside whatever else is done: then it forks at once."""
+    if sys.platform == "linux":
+        threading.Thread(target=_prepare, args=(module,), name="millrace-prepare", daemon=True).start()
+
+
+def _prepare(module: str) -> None:
+    with _lock, contextlib.suppress(OSError):  # whoever forks will see
+        _ask(lambda server: server.prepare(module))
 
 
 class ForkedChild:
@@ -110,16 +121,23 @@ class _Server:
             )
 
     def fork(self, request: Mapping[str, Any], descriptors: Sequence[int]) -> int:
-        body = json.dumps(request).encode()
-        self._ours.settimeout(_FORK_TIMEOUT_S if request["module"] in self._imported else _IMPORT_TIMEOUT_S)
         with _adopting():
-            socket.send_fds(self._ours, [_LENGTH.pack(len(body))], descriptors)
-            self._ours.sendall(body)
-            pid = int(_PID.unpack(_receive(self._ours, _PID.size))[0])
+            pid = self._answer(request, descriptors)
         if pid < 0:
             raise OSError(-pid, os.strerror(-pid))
-        self._imported.add(request["module"])
         return pid
+
+    def prepare(self, module: str) -> int:
+        return self._answer({"module": module, "path": modules_path(), "only_import": True}, [])
+
+    def _answer(self, request: Mapping[str, Any], descriptors: Sequence[int]) -> int:
+        body = json.dumps(request).encode()
+        self._ours.settimeout(_FORK_TIMEOUT_S if request["module"] in self._imported else _IMPORT_TIMEOUT_S)
+        socket.send_fds(self._ours, [_LENGTH.pack(len(body))], descriptors)
+        self._ours.sendall(body)
+        (answer,) = _PID.unpack(_receive(self._ours, _PID.size))
+        self._imported.add(request["module"])
+        return int(answer)
 
     def end(self) -> None:
         self._ours.close()
@@ -131,15 +149,15 @@ _lock = threading.Lock()
 _server: _Server | None = None
 
 
-def _fork(request: Mapping[str, Any], descriptors: Sequence[int]) -> int:
-    """The process. Raises: OSError when the server has ended, cannot or does not answer."""
+def _ask(question: Callable[[_Server], int]) -> int:
+    """What the server answers. Raises: OSError when it has ended, cannot or does not answer."""
     global _server
     if _server is not None and _server.settings != _settings():
         _end_server()
     if _server is None:
         _server = _Server()
     try:
-        return _server.fork(request, descriptors)
+        return question(_server)
     except BaseException:  # also Ctrl-C: what is answered late must not be taken for the answer to the next request
         _end_server()
         raise
@@ -197,6 +215,9 @@ def main(arguments: list[str]) -> None:
             return
         request = json.loads(_receive(connection, _LENGTH.unpack(length)[0]))
         _import_needs(request)
+        if request.get("only_import"):
+            connection.sendall(_PID.pack(0))
+            continue
         pid, go = _fork_twice()
         if not pid:
             connection.close()

@@ -32,6 +32,10 @@ def _processes(directory: Path) -> Launcher:
     return ProcessLauncher("millrace.replicas.member", [], 1, directory)
 
 
+def _processes_with_devices(directory: Path) -> Launcher:
+    return ProcessLauncher("millrace.replicas.member", ["--divided"], 1, directory)
+
+
 @contextlib.contextmanager
 def session_over(
     graph: Graph,
@@ -39,11 +43,12 @@ def session_over(
     replicas: int,
     *,
     spares: int = 0,
-    launcher_in: Callable[[Path], Launcher] = _processes,
+    launcher_in: Callable[[Path], Launcher] | None = None,
     **settings: Any,
 ) -> Iterator[Any]:
     """A session. When it is closed no process of it is left, and nothing in its directory."""
     directory = tempfile.TemporaryDirectory(prefix="millrace-")
+    launcher_in = launcher_in or (_processes_with_devices if settings.get("devices") else _processes)
     launcher = launcher_in(Path(directory.name))
     hub = Hub(launcher, secrets.token_bytes(32), Path(directory.name), print)
     given = {

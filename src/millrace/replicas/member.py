@@ -1,7 +1,8 @@
 """A process that has imported all there is to import, said hello, and does what the driver gives it to do.
 
-As a process: `python -m millrace.replicas.member NAME PARENT_PID [--imports MODULE ...] [--memory-bytes N]`, with the
-driver's address, the run's token and its directory in the environment, which other users cannot read.
+As a process: `python -m millrace.replicas.member NAME PARENT_PID [--divided] [--imports MODULE …] [--memory-bytes N]`,
+with the driver's address, the run's token and its directory in the environment, which other users cannot read. With
+--divided, workers have device processes of their own, for whose start it gets ready while it stands by.
 """
 
 from __future__ import annotations
@@ -20,15 +21,18 @@ import torch
 
 from millrace.child_process import end_with, show_as
 from millrace.errors import SettingError, did_you_mean
+from millrace.fork_server import prepare
 from millrace.replicas.line import Line
 from millrace.replicas.roles import ROLES
 from millrace.runtime.device_worker import error_message, hold_to
 from millrace.runtime.handshake import dial
 from millrace.runtime.messages import LONGEST_WAIT_S, Message
+from millrace.runtime.workers import DEVICE_WORKER
 
 for _module in ("millrace.runtime.session", "millrace.compile.tiered"):  # roles need them, and are to begin at once
     importlib.import_module(_module)
 _DIAL_S = 30.0
+_STANDS_BY_S = 3.0  # whoever has had no role for so long is a spare
 _USER_TIMEOUT_MS = 5000  # a cut cable is noticed when beats are not acknowledged for so long
 
 
@@ -42,6 +46,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m millrace.replicas.member")
     parser.add_argument("name")
     parser.add_argument("parent", type=int)
+    parser.add_argument("--divided", action="store_true")
     parser.add_argument("--imports", nargs="*", default=[])
     parser.add_argument("--memory-bytes", type=int)
     asked = parser.parse_args(arguments)
@@ -54,8 +59,12 @@ def main(arguments: list[str]) -> int:
         hold_to(asked.memory_bytes)
     line = _call_driver(asked.name, os.environ)
     os.environ["TMPDIR"] = tempfile.tempdir = str(line.directory)  # what a killed process leaves goes with the run
+    prepared = not asked.divided
     while True:
-        message = line.next(LONGEST_WAIT_S)
+        message = line.next(LONGEST_WAIT_S if prepared else _STANDS_BY_S)
+        if message is None and not prepared:
+            prepare(DEVICE_WORKER)
+            prepared = True
         if message is None or message.kind != "role":
             continue  # for the role before, which has returned
         try:

@@ -21,6 +21,7 @@ from millrace.fork_server import fork_module
 from millrace.place.cluster import Device
 from millrace.runtime.messages import LONGEST_WAIT_S, Message, readable, receive, send, silent
 
+DEVICE_WORKER = "millrace.runtime.device_worker"  # what each of them runs
 _START_TIMEOUT_S = 120.0
 _LOOPBACK = "127.0.0.1"  # all are here
 _GRACE_S = 2.0  # for the others to answer once one has failed
@@ -174,7 +175,7 @@ def answered_error(answers: Mapping[str, Message]) -> MillraceError | None:
 def _start(connection: socket.socket, log: IO[bytes], device: Device) -> Child:
     threads = {"OMP_NUM_THREADS": str(device.threads), "MKL_NUM_THREADS": str(device.threads)}
     return fork_module(
-        "millrace.runtime.device_worker",
+        DEVICE_WORKER,
         [str(connection.fileno()), str(os.getpid())],
         errors=log,
         environment=threads,

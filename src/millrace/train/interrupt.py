@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import signal
 import threading
 from collections.abc import Callable
@@ -55,7 +56,8 @@ class Interruptible:
         self._restore()
         if self._at_once():
             raise KeyboardInterrupt(f"{self._asked} before the first step")
-        threading.Thread(target=self._noted, args=(self._asked,), name="millrace-interrupt", daemon=True).start()
+        # Not `threading.Thread`, whose start takes a lock that the main thread may be holding.
+        _thread.start_new_thread(self._noted, (self._asked,))
 
     def _restore(self) -> None:
         for number, handler in self._saved.items():

@@ -162,7 +162,7 @@ class ReplicaRun(Callback):
         return choose_launcher(
             plan.cluster,
             "millrace.replicas.member",
-            ["--imports", *plan.imports],
+            [*(["--divided"] if plan.devices is not None else []), "--imports", *plan.imports],
             threads,
             directory,
             local_cpus=count + _MORE,
