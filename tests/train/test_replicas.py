@@ -17,8 +17,8 @@ import millrace
 from millrace.errors import SettingError
 from millrace.replicas.session import ReplicatedSession
 from millrace.replicas.settings import Async, Hybrid, LocalSteps, Sync, Update
+from millrace.runtime.placed_session import PlacedSession
 from millrace.train.callbacks import Callback, RunView
-from millrace.train.devices import DeviceRun
 from millrace.train.fit import fit
 from millrace.train.plan import Plan
 from millrace.train.replicas import ReplicaRun, told_of_idle
@@ -226,12 +226,13 @@ def test_replicas_for_whom_a_batch_has_no_slice_are_told_of() -> None:
     assert "a batch of 4 examples has a slice for no more than 4 of 5 replicas" in told_of_idle(graph, 5)
 
 
-@pytest.mark.parametrize(
-    "run", [ReplicaRun(Plan(steps=1, replicas=2), print), DeviceRun(Plan(steps=1, devices=2), print)]
-)
-def test_a_step_that_is_not_on_the_cpu_is_refused(run: ReplicaRun | DeviceRun) -> None:
+def test_a_step_that_is_not_on_the_cpu_is_refused() -> None:
     net = nn.Linear(6, 3, device="meta")  # a device that every machine has
     batch = torch.empty(8, 6, device="meta"), torch.empty(8, dtype=torch.int64, device="meta")
     graph = millrace.training_graph(net, loss, torch.optim.SGD(net.parameters(), lr=RATE), batch)
-    with pytest.raises(SettingError, match=r"has tensors on meta\. Leave the model and its batches on the CPU"):
-        run.session(graph)
+    said = r"has tensors on meta\. Leave the model and its batches on the CPU"
+    with pytest.raises(SettingError, match=said):
+        ReplicaRun(Plan(steps=1, replicas=2), print).session(graph)
+    nobody: Any = None
+    with pytest.raises(SettingError, match=said):
+        PlacedSession(graph, nobody, workers=nobody)
