@@ -17,11 +17,13 @@ from millrace.runtime.messages import readable
 def many_files() -> Iterator[None]:
     """As a process has that is connected with many: the next file's number is above 1,023."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= hard < 2000:
+        pytest.skip(f"this system lets a process have {hard} open files")
     with contextlib.ExitStack() as stack:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
         for _ in range(1100):
-            stack.callback(os.close, os.dup(0))
+            stack.callback(os.close, os.open(os.devnull, os.O_RDONLY))
         yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 from hypothesis import given
@@ -20,13 +21,12 @@ FORMS = (
 @given(st.lists(st.integers(0, 2)), st.integers(1, 5), st.sets(st.integers(0, 30)))
 def test_groups_are_of_one_form_and_end_where_something_falls_due(kinds: list[int], most: int, due: set[int]) -> None:
     batches = [torch.full(FORMS[kind][0], at, dtype=FORMS[kind][1]) for at, kind in enumerate(kinds)]
-    read = itertools.count(1)
     handed_out = 0
 
-    def reading():  # type: ignore[no-untyped-def]
+    def reading() -> Iterator[torch.Tensor]:
         nonlocal handed_out
-        for batch in batches:
-            handed_out = next(read)
+        for count, batch in enumerate(batches, 1):
+            handed_out = count
             yield batch
 
     groups = list(grouped(reading(), most, lambda: handed_out in due))

@@ -87,7 +87,11 @@ def test_a_second_ctrl_c_ends_a_step_that_hangs_and_the_last_checkpoint_serves(t
     time.sleep(0.3)
     assert process.poll() is None, "the first one waits for the step"
     told = "SIGINT: what is in work is finished, then all is saved; a second one ends it at once"
-    assert told in (tmp_path / "run" / "log.txt").read_text()
+    until_s = time.monotonic() + 10.0
+    while told not in (tmp_path / "run" / "log.txt").read_text():
+        assert time.monotonic() < until_s, "the first one is answered while the step goes on"
+        time.sleep(0.05)
+    assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)
     assert process.returncode != 0
