@@ -1,8 +1,9 @@
 """Ranks that add up their gradients: the contract of a group.
 
 A group is made for one generation and never mended: when a member is lost, all survivors abandon it and make the next.
-There are two kinds, with the same constructor: `gloo_group.GlooGroup` for ranks on any hosts, and
-`shared_group.SharedGroup` for ranks of one host.
+Of the kinds two have tensors on CPUs: `gloo_group.GlooGroup` for ranks on any hosts, and `shared_group.SharedGroup` for
+ranks of one host. Two have them on GPUs: `nccl_group.NcclGroup`, where every rank has a GPU of its own, and
+`host_group.HostGroup`, which copies them to the host and hands them to one of the others.
 """
 
 from __future__ import annotations
@@ -36,10 +37,13 @@ class Group(abc.ABC):
     Every rank makes the same calls in the same order, with tensors of the same sizes and dtypes. Any call may raise
     WorkerError: then the group has failed for good, and tensors that were being reduced hold garbage.
 
-    works_in_wait: whether all-reduces that have begun get on only while somebody waits for them.
+    works_in_wait: whether all-reduces that have begun get on only while somebody waits for them. overlaps: whether it
+    is quicker to begin with the first gradients while the last are computed. device_type: where tensors are.
     """
 
     works_in_wait = True
+    overlaps = False
+    device_type = "cpu"
 
     def __init__(self, generation: int, rank: int, size: int, abandoned: Callable[[], bool], timeout_s: float) -> None:
         if not 0 <= rank < size:
@@ -54,7 +58,8 @@ class Group(abc.ABC):
 
         The bits are also the same in every run with as many ranks.
 
-        Args: tensors: float64, float32 or bfloat16, on the CPU, any strides. weight: of this rank; all ranks' sum to 1.
+        Args: tensors: float64, float32 or bfloat16, on the group's kind of device, any strides. weight: of this rank;
+            all ranks' sum to 1.
         Raises: WorkerError when a member is lost, the group was abandoned, or the time is over. SettingError for
             other tensors.
         """
@@ -108,7 +113,7 @@ class Group(abc.ABC):
     def broadcast(self, tensors: Sequence[Tensor], source: int) -> None:
         """Give every rank the values of the source's tensors, in place.
 
-        Args: tensors: of any dtype and strides, on the CPU. source: a rank.
+        Args: tensors: of any dtype and strides, on the group's kind of device. source: a rank.
         Raises: WorkerError as `all_reduce`.
         """
         self._refuse_if_failed()
@@ -160,10 +165,11 @@ class Group(abc.ABC):
         if not math.isfinite(weight):
             raise SettingError(f"A rank's weight is its share of the examples, not {weight}.")
         for place, tensor in enumerate(tensors):
-            if tensor.dtype not in REDUCED or tensor.device.type != "cpu":
+            if tensor.dtype not in REDUCED or tensor.device.type != self.device_type:
                 raise SettingError(
-                    f"all_reduce takes float64, float32 and bfloat16 tensors on the CPU; tensor {place} is "
-                    f"{tensor.dtype} on {tensor.device}. A mean of anything else is not exact: convert it first."
+                    f"all_reduce takes float64, float32 and bfloat16 tensors on {self.device_type} devices; tensor "
+                    f"{place} is {tensor.dtype} on {tensor.device}. A mean of anything else is not exact: convert it "
+                    "first."
                 )
 
     def _refuse_if_failed(self) -> None:

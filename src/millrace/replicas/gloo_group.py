@@ -7,7 +7,6 @@ What gloo is like, and how that is met:
   they are done, and a group is destroyed only when all of its operations are. Until then a count that nobody gives
   back keeps it alive, also while the interpreter ends.
 - An abandoned operation may still write to its tensors when the peer goes on. gloo keeps those alive with it.
-- Which operations of two ranks belong together follows from the order in which each rank starts them.
 
 A bucket of float32 or float64 is reduced by gloo's ring. One that travels as bfloat16 would be rounded at every hop
 there. So every rank sends each other rank its share of the elements, rounded once; adds up what it got for its own
@@ -18,42 +17,29 @@ normal range, whatever the number of ranks.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import datetime
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import BroadcastOptions, ProcessGroupGloo, Store, Work  # type: ignore[attr-defined]
+from torch.distributed import ProcessGroupGloo, Store, Work  # type: ignore[attr-defined]
 
-from millrace.errors import SettingError, WorkerError
-from millrace.replicas.buckets import divide
-from millrace.replicas.collective import Group
+from millrace.errors import SettingError
 from millrace.replicas.rendezvous import GRACE_S, StoreAddress
 from millrace.replicas.settings import WIRE
+from millrace.replicas.torch_group import Flight, TorchGroup, naming, pack, unpack
 
 WIRES = (None, WIRE)
 _THREADS = (
     8  # operations under way at a time; with gloo's own 2, sixty tensors took a fifth longer between 2 and 4 ranks
 )
-_CACHED_ELEMENTS = 1 << 17
 _NARROWED_ELEMENTS = 1 << 22  # that travel together, so that sums are made while others are under way
 
 
-@dataclass
-class _Flight:
-    """Operations that follow each other. what: for messages. work: the one under way. then: what makes the next ones,
-    or only puts results where they belong."""
-
-    what: str
-    work: Work | None
-    then: list[Callable[[], Work | None]]
-
-
-class GlooGroup(Group):
+class GlooGroup(TorchGroup):
     """One rank's end."""
 
     def __init__(
@@ -88,8 +74,6 @@ class GlooGroup(Group):
             raise SettingError(f"wire is one of {', '.join(map(repr, WIRES))}, not {wire!r}.")
         self._wire = wire
         self.works_in_wait = wire is not None  # whose second operations begin there
-        self._flights: dict[int, list[_Flight]] = {}
-        self._buffers: dict[tuple[int, str], Tensor] = {}
         self._kept: _Kept | None = None
         _let_go_of_ended()
         if size > 1:
@@ -103,39 +87,31 @@ class GlooGroup(Group):
         if self._kept is not None:
             _LEFT.append(self._kept)
             self._kept = None
-        self._flights.clear()
-        self._buffers.clear()
+        super()._release()
         _let_go_of_ended()
 
     def _begin(self, bucket_index: int, tensors: tuple[Tensor, ...], weight: float) -> None:
         what = f"bucket {bucket_index} ({sum(tensor.nbytes for tensor in tensors):,} bytes) of an all-reduce"
         if self._wire is not None or tensors[0].dtype == torch.bfloat16:
             self._flights[bucket_index] = self._narrowed(what, bucket_index, tensors, weight)
-        elif len(tensors) == 1 and tensors[0].is_contiguous():
-            if weight != 1.0:
-                tensors[0].mul_(weight)
-            self._flights[bucket_index] = [self._start(what, lambda group: group.allreduce([tensors[0]]))]
         else:
-            flat = self._buffer((bucket_index, "packed"), tensors[0].dtype, sum(t.numel() for t in tensors))
-            _pack(tensors, weight, flat)
-            start = self._start(what, lambda group: group.allreduce([flat]), lambda: _unpack(tensors, flat))
-            self._flights[bucket_index] = [start]
+            self._flights[bucket_index] = [self._all_reduce_flat(what, bucket_index, tensors, weight)]
 
-    def _narrowed(self, what: str, bucket_index: int, tensors: tuple[Tensor, ...], weight: float) -> list[_Flight]:
+    def _narrowed(self, what: str, bucket_index: int, tensors: tuple[Tensor, ...], weight: float) -> list[Flight]:
         count = -(-sum(tensor.numel() for tensor in tensors) // self.size) * self.size
-        sent = self._buffer((bucket_index, "sent"), torch.bfloat16, count)
-        came = self._buffer((bucket_index, "came"), torch.bfloat16, count)
-        _pack(tensors, weight, sent)
+        sent = self._buffer((bucket_index, "sent"), tensors[0], torch.bfloat16, count)
+        came = self._buffer((bucket_index, "came"), tensors[0], torch.bfloat16, count)
+        pack(tensors, weight, sent)
         wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
         length = _NARROWED_ELEMENTS // self.size * self.size
         flights = [
             self._narrowed_part(what, sent[at : at + length], came[at : at + length], wide)
             for at in range(0, count, length)
         ]
-        flights[-1].then.append(lambda: _unpack(tensors, sent))
+        flights[-1].then.append(lambda: unpack(tensors, sent))
         return flights
 
-    def _narrowed_part(self, what: str, sent: Tensor, came: Tensor, wide: torch.dtype) -> _Flight:
+    def _narrowed_part(self, what: str, sent: Tensor, came: Tensor, wide: torch.dtype) -> Flight:
         def gather() -> Work:
             shares = came.view(self.size, -1)
             total = shares[0].to(wide)
@@ -145,61 +121,14 @@ class GlooGroup(Group):
 
         return self._start(what, lambda group: group.alltoall_base(came, sent, [], []), gather)
 
-    def _finish(self, bucket_indices: Sequence[int]) -> None:
-        self._land([flight for bucket_index in bucket_indices for flight in self._flights[bucket_index]])
-        for bucket_index in bucket_indices:
-            del self._flights[bucket_index]
-
-    def _broadcast(self, tensors: Sequence[Tensor], source: int) -> None:
-        flights = []
-        for places in divide([tensor.nbytes for tensor in tensors], [None] * len(tensors)):
-            own = tuple(tensors[place] for place in places)
-            flat = own[0] if len(own) == 1 else torch.cat(own)
-            flights.append(self._broadcast_start(own, flat, source))
-        self._land(flights)
-
-    def _broadcast_start(self, own: tuple[Tensor, ...], flat: Tensor, source: int) -> _Flight:
-        options = BroadcastOptions()
-        options.rootRank, options.rootTensor = source, 0
-        unpack = [lambda: _unpack(own, flat)] if flat is not own[0] else []
-        what = f"{flat.nbytes:,} bytes from rank {source}"
-        return self._start(what, lambda group: group.broadcast([flat], options), *unpack)
-
-    def _start(self, what: str, operation: Callable[[Any], Work], *then: Callable[[], Work | None]) -> _Flight:
-        return _Flight(what, self._operation(operation), list(then))
-
     def _operation(self, operation: Callable[[Any], Work]) -> Work:
         """Hand one to gloo, which does it in a thread of its own."""
         kept = self._kept
         assert kept is not None  # a closed group has refused before
-        with _naming(self._patience.who, "the start of an operation"):
+        with naming(self._patience.who, "the start of an operation"):
             work = operation(kept.group)
         kept.works = [*(w for w in kept.works if not w.is_completed()), work]
         return work
-
-    def _land(self, flights: Sequence[_Flight]) -> None:
-        """Wait until all are done. They go on in the same order on all ranks, each to its second operation first."""
-        waiting = list(flights)
-        while waiting:
-            for flight in waiting:
-                self._advance(flight)
-            waiting = [flight for flight in waiting if flight.work is not None]
-
-    def _advance(self, flight: _Flight) -> None:
-        work, flight.work = flight.work, None
-        if work is not None:
-            self._patience.until(work.is_completed, lambda: flight.what)
-            with _naming(self._patience.who, flight.what):
-                work.wait()
-        while flight.then and flight.work is None:
-            flight.work = flight.then.pop(0)()
-
-    def _buffer(self, key: tuple[int, str], dtype: torch.dtype, count: int) -> Tensor:
-        """Space that is kept from step to step: fresh memory would cost about as much as the copy into it."""
-        found = self._buffers.get(key)
-        if found is None or found.dtype != dtype or found.numel() != count:
-            found = self._buffers[key] = torch.zeros(count, dtype=dtype)
-        return found
 
 
 @dataclass
@@ -237,39 +166,3 @@ def _form(
     options._timeout = datetime.timedelta(seconds=timeout_s + GRACE_S)
     store = address.connect(generation, timeout_s)
     return ProcessGroupGloo(store, rank, size, options), store
-
-
-@contextlib.contextmanager
-def _naming(who: str, what: str) -> Iterator[None]:
-    """What gloo raises, with who was at what."""
-    try:
-        yield
-    except RuntimeError as error:
-        first_line = str(error).partition("\n")[0].strip()
-        raise WorkerError(
-            f"{who} lost a member of its group in {what}: {first_line}. Make the next generation without it."
-        ) from error
-
-
-def _spaces(tensors: Sequence[Tensor], flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each tensor, and its space in the flat one, of its shape."""
-    at = 0
-    for tensor in tensors:
-        yield tensor, flat[at : at + tensor.numel()].view(tensor.shape)
-        at += tensor.numel()
-
-
-def _pack(tensors: Sequence[Tensor], weight: float, flat: Tensor) -> None:
-    for tensor, space in _spaces(tensors, flat):
-        if tensor.dtype == flat.dtype or not tensor.is_contiguous():
-            torch.mul(tensor, weight, out=space)
-            continue
-        # torch makes the product in a tensor of its own before it narrows it: let that fit into the cache.
-        pieces = zip(tensor.view(-1).split(_CACHED_ELEMENTS), space.view(-1).split(_CACHED_ELEMENTS), strict=True)
-        for own, there in pieces:
-            torch.mul(own, weight, out=there)
-
-
-def _unpack(tensors: Sequence[Tensor], flat: Tensor) -> None:
-    for tensor, space in _spaces(tensors, flat):
-        tensor.copy_(space)

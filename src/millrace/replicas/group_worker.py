@@ -22,7 +22,8 @@ from millrace.graph.save import graph_from_bytes
 from millrace.replicas.batch_rows import BatchRows, Named
 from millrace.replicas.choose_group import form_group
 from millrace.replicas.collective import Group
-from millrace.replicas.divided import NEW, DividedPrograms
+from millrace.replicas.divided import NEW
+from millrace.replicas.elsewhere import programs_elsewhere
 from millrace.replicas.group_rows import add_rows, fill, rows_of_all
 from millrace.replicas.line import Line
 from millrace.replicas.programs import INDICES, as_bytes, pieces_beside
@@ -87,8 +88,8 @@ class _GroupWorker:
         self._rows = BatchRows(self._tables)
         own = {n.removeprefix(VARIABLE): t for n, t in role.tensors.items()}
         settings: dict[str, Any] = {"compile": fields["compile"], "say": self._log}
-        divided = DividedPrograms(fields["devices"], line, **settings) if fields["devices"] else None
-        self._gradients = Gradients(tuple(self._taken), {**own, **self._held}, divided=divided, **settings)
+        elsewhere = programs_elsewhere(fields, line, **settings)
+        self._gradients = Gradients(tuple(self._taken), {**own, **self._held}, elsewhere=elsewhere, **settings)
         self._group: Group | None = None
         self._sequence = 0
 

@@ -36,11 +36,13 @@ _SOON_S = 0.005
 
 @dataclass(frozen=True)
 class Joined:
-    """A member has said hello, and is a spare. pid, host: its process, and the name of the machine that it is on."""
+    """A member has said hello, and is a spare. pid, host: its process, and the name of the machine that it is on. gpus:
+    those that it may use, by names that all on its machine give them."""
 
     member: str
     pid: int
     host: str
+    gpus: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,9 @@ class Hub:
             if member is not None and known and not member.joined and member.line and member.beat:
                 member.joined = True
                 member.watched = Watched(time.monotonic())
-                self._events.put(Joined(member.name, int(member.hello["pid"]), str(member.hello["host"])))
+                hello = member.hello
+                gpus = tuple(str(gpu) for gpu in hello.get("gpus", ()))
+                self._events.put(Joined(member.name, int(hello["pid"]), str(hello["host"]), gpus))
 
     def _linked(self, connection: socket.socket, on_ready: Callable[[], None]) -> Link:
         self._selector.register(connection, selectors.EVENT_READ, on_ready)

@@ -85,11 +85,8 @@ class HybridSession(ServerSession):
 
     def _tell(self, member: str, kind: str, fields: dict[str, Any]) -> None:
         if kind == "form":
-            hosts = {self._hosts[name] for name in fields.pop("members")}
-            fields |= {
-                "one_host": len(hosts) == 1,
-                "timeout_s": GROUP_WAITS * min(self._within_s("form"), self._within_s("step")),
-            }
+            fields |= self._meeting(fields.pop("members"))
+            fields["timeout_s"] = GROUP_WAITS * min(self._within_s("form"), self._within_s("step"))
         super()._tell(member, kind, fields)
 
     def _batch(self, member: str, fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from millrace.compile.tiered import Say
 from millrace.errors import WorkerError
 from millrace.graph.graph import TRAIN, Graph
+from millrace.graph.passes.to_device import to_device
 from millrace.graph.random import slice_random
 from millrace.graph.signature import BESIDE, Role
 from millrace.replicas.replica import Computed, Slice
@@ -28,7 +29,7 @@ class LocalReplica:
     A worker keeps its own optimizer slots from step to step; parameters and buffers are the same for all.
 
     Args: step: the whole of it. variables: all of them, by name, and the outer momentum of parameters, behind `BESIDE`;
-        where that is missing it is zero. rule: the outer one.
+        where that is missing it is zero. rule: the outer one. gpu: where the variables are; None: on the CPU.
     """
 
     def __init__(
@@ -39,8 +40,9 @@ class LocalReplica:
         *,
         compile: str,
         say: Say,
+        gpu: torch.device | None = None,
     ) -> None:
-        self._compile, self._say, self._rule = compile, say, rule
+        self._compile, self._say, self._rule, self._gpu = compile, say, rule, gpu
         self._roles = {variable.name: variable.role for variable in step.variables}
         self._trained = [name for name, role in self._roles.items() if role is Role.PARAMETER]
         moments = {BESIDE + name: torch.zeros_like(variables[name]) for name in self._trained}
@@ -50,6 +52,7 @@ class LocalReplica:
 
     def load(self, key: int, step: Graph, pieces: bytes = b"") -> None:
         """Make the whole step, for slices of one shape, ready under the number `key`. pieces: it has none."""
+        step = step if self._gpu is None else to_device(step, self._gpu)
         self._programs[key] = Session(step, self._local, compile=self._compile, say=self._say)
 
     @property

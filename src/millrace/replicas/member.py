@@ -22,6 +22,7 @@ import torch
 from millrace.child_process import end_with, show_as
 from millrace.errors import SettingError, did_you_mean
 from millrace.fork_server import prepare
+from millrace.replicas import gpus
 from millrace.replicas.line import Line
 from millrace.replicas.roles import ROLES
 from millrace.runtime.device_worker import error_message, hold_to
@@ -84,7 +85,7 @@ def _take(line: Line, message: Message) -> None:
 
 def _call_driver(name: str, variables: Mapping[str, str]) -> Line:
     address, token = variables["MILLRACE_ADDRESS"], bytes.fromhex(variables["MILLRACE_TOKEN"])
-    hello = {"name": name, "pid": os.getpid(), "host": socket.gethostname()}
+    hello = {"name": name, "pid": os.getpid(), "host": socket.gethostname(), "gpus": gpus.visible_gpus()}
     connection = dial(address, token, {**hello, "for": "line"}, _DIAL_S)
     beat = dial(address, token, {**hello, "for": "beat"}, _DIAL_S)
     if beat.family != socket.AF_UNIX and sys.platform == "linux":

@@ -29,6 +29,7 @@ from millrace.errors import (
 from millrace.graph.graph import TRAIN, Graph
 from millrace.replicas import hub as hub_events
 from millrace.replicas.divided import Devices, Placer
+from millrace.replicas.gpus import least_used
 from millrace.replicas.hub import Hub
 from millrace.replicas.pool_events import Kill, PoolCommand
 from millrace.replicas.programs import Programs
@@ -68,6 +69,7 @@ class MembersSettings(TypedDict, total=False):
     drop_failing: whether a worker whose step raises an error is replaced like one that was killed. Otherwise, by
         default, the error ends the run.
     devices: what every replica is divided over; None: it computes in one process.
+    gpus: whether every replica computes on a GPU of its machine.
     directory: what the processes share; the session removes it.
     """
 
@@ -76,6 +78,7 @@ class MembersSettings(TypedDict, total=False):
     patience_s: float | None
     drop_failing: bool
     devices: Devices | None
+    gpus: bool
     directory: TemporaryDirectory[str] | None
     say: Say
 
@@ -95,6 +98,7 @@ class MembersSession(RemoteSession):
         patience_s: float | None = None,
         drop_failing: bool = False,
         devices: Devices | None = None,
+        gpus: bool = False,
         directory: TemporaryDirectory[str] | None = None,
         say: Say = log.info,
     ) -> None:
@@ -104,7 +108,7 @@ class MembersSession(RemoteSession):
         self.closed = False
         self._hub, self._directory = hub, directory
         self._compile, self._drop_failing, self._say = compile, drop_failing, say
-        self._devices = devices
+        self._devices, self._on_gpus = devices, gpus
         placer = Placer(devices, compile=compile, say=say) if devices else None
         self._divided: dict[str, Any] = (
             {"microbatches": devices.microbatches, "placed": placer.pieces} if devices and placer else {}
@@ -112,6 +116,8 @@ class MembersSession(RemoteSession):
         self._times = StepTimes(compile, patience_s)
         self._reader = FeedReader(graph, Memory([]))
         self._hosts: dict[str, str] = {}  # the machine of every member that there was
+        self._gpus: dict[str, tuple[str, ...]] = {}  # and the GPUs that it may use
+        self._gpu_of: dict[str, str] = {}  # that of each worker
         self._given: dict[str, set[int]] = {}  # which programs each worker has
         self._fresh: set[str] = set()  # workers that have not run yet what they were given last
         self._beside: dict[tuple[str, str], Message] = {}  # the newest message of each member and kind
@@ -128,8 +134,9 @@ class MembersSession(RemoteSession):
     def begin_again(self) -> None:
         """See `RemoteSession.begin_again`."""
         self._hub.clear("the run begins again")
-        for forgotten in (self._hosts, self._given, self._fresh, self._beside, self._failures):
-            forgotten.clear()
+        for of_members in (self._hosts, self._gpus, self._gpu_of, self._given, self._fresh, self._beside):
+            of_members.clear()
+        self._failures.clear()
         self._stale, self._failure = False, ""
         self._start()
 
@@ -238,8 +245,8 @@ class MembersSession(RemoteSession):
         self._check_open()
         event = self._hub.next(within_s)
         match event:
-            case hub_events.Joined(member, host=host):
-                self._hosts[member] = host
+            case hub_events.Joined(member, host=host, gpus=gpus):
+                self._hosts[member], self._gpus[member] = host, gpus
                 self._decide(Joined(member))
             case hub_events.Lost(member, why):
                 self._fresh.discard(member)
@@ -275,10 +282,35 @@ class MembersSession(RemoteSession):
         step = self._step_of(member)
         return "" if step is None else f", step {self.taken_before + step}"
 
-    def _begin_worker(self, member: str) -> None:
-        """Note that a member is given the role of a worker."""
+    def _begin_worker(self, member: str) -> dict[str, Any]:
+        """Note that a member is given the role of a worker. Returns: what every such role says."""
+        role = {
+            "compile": self._compile,
+            "devices": self._devices.as_fields() if self._devices else None,
+            "gpu": self._choose_gpu(member) if self._on_gpus else None,
+        }
         self._given[member] = set()
         self._fresh.add(member)
+        return role
+
+    def _choose_gpu(self, member: str) -> int:
+        visible, host = self._gpus[member], self._hosts[member]
+        if not visible:
+            self._failure = (
+                f"{member} was to compute on a GPU, but PyTorch sees none on {host}. Leave devices out, or choose "
+                "machines that have GPUs and a PyTorch for them."
+            )
+            raise SettingError(self._failure)
+        beside = [self._gpu_of[worker] for worker in self._given if self._hosts[worker] == host]
+        index = least_used(visible, beside)
+        self._gpu_of[member] = visible[index]
+        return index
+
+    def _meeting(self, members: Collection[str]) -> dict[str, Any]:
+        """What those who are to form a group have to know of where they are."""
+        hosts = {self._hosts[member] for member in members}
+        gpus = {(self._hosts[member], self._gpu_of.get(member)) for member in members}
+        return {"one_host": len(hosts) == 1, "own_gpus": self._on_gpus and len(gpus) == len(members)}
 
     def _load(self, member: str, key: int) -> None:
         """Have a worker make a program ready, unless it has it."""

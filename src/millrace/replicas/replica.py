@@ -14,14 +14,17 @@ from torch import Tensor
 from millrace.compile.tiered import Say
 from millrace.errors import WorkerError
 from millrace.graph.graph import TRAIN, Graph
+from millrace.graph.passes.to_device import to_device
 from millrace.graph.random import slice_random
 from millrace.graph.signature import Role, TensorSpec
-from millrace.replicas.divided import NEW, DividedProgram, DividedPrograms, program_of
+from millrace.replicas.divided import NEW, DividedProgram, program_of
+from millrace.replicas.elsewhere import Elsewhere
+from millrace.replicas.gpu_programs import GpuProgram
 from millrace.replicas.staged_program import StagedProgram
 from millrace.replicas.stages import Stages, all_stages
 from millrace.runtime.session import Session
 
-Program = Session | StagedProgram | DividedProgram
+Program = Session | StagedProgram | DividedProgram | GpuProgram
 Early = Callable[[Mapping[str, Tensor]], None]  # is given values as soon as they are there
 
 
@@ -64,7 +67,8 @@ class Gradients:
         exchanged: names of what the update reads.
         variables: all that the programs read, by name.
         stages: of the exchanged values, those that can be given early.
-        divided: runs the programs on several devices, which give nothing early; None: they run here.
+        elsewhere: runs the programs where the variables are not, and gives nothing early; None: they run here.
+        gpu: where the variables are, and all that is computed; None: on the CPU.
     """
 
     def __init__(
@@ -75,15 +79,16 @@ class Gradients:
         compile: str,
         say: Say,
         stages: Stages = (),
-        divided: DividedPrograms | None = None,
+        elsewhere: Elsewhere | None = None,
+        gpu: torch.device | None = None,
     ) -> None:
         self.variables = dict(variables)
-        self._divided = divided
+        self._elsewhere, self._gpu = elsewhere, gpu
         self._compile, self._say, self._stages = compile, say, stages
         self._staged: dict[int, StagedProgram] = {}
         self._random = ""
         self._exchanged = tuple(exchanged)
-        self._programs: dict[int, Session | DividedProgram] = {}
+        self._programs: dict[int, Session | DividedProgram | GpuProgram] = {}
 
     def load(self, key: int, gradients: Graph, pieces: bytes = b"") -> None:
         """Make the gradients' half of the step, for slices of one shape, ready under the number `key`.
@@ -92,8 +97,8 @@ class Gradients:
         """
         self._random = next((v.name for v in gradients.variables if v.role is Role.RANDOM), self._random)
         program = program_of(gradients)
-        if self._divided is not None:
-            self._programs[key] = self._divided.program(program, self.variables, pieces)
+        if self._elsewhere is not None:
+            self._programs[key] = self._elsewhere.program(program, self.variables, pieces)
         else:
             self._programs[key] = self._session(program)
 
@@ -138,7 +143,7 @@ class Gradients:
 
     def _run(self, key: int, feeds: Mapping[str, Tensor], early: Early | None) -> dict[str, Tensor]:
         session = self._program(key)
-        if early is None or not self._stages or self._divided:
+        if early is None or not self._stages or self._elsewhere:
             names = list(session.graph.fetches)
             return dict(zip(names, session.run(names, dict(feeds) or None), strict=True))
         if key not in self._staged:
@@ -151,10 +156,11 @@ class Gradients:
         return [self._staged.get(key, session) for key, session in self._programs.items()]
 
     def _session(self, graph: Graph) -> Session:
+        graph = graph if self._gpu is None else to_device(graph, self._gpu)
         own = {variable.name: self.variables[variable.name] for variable in graph.variables}
         return Session(graph, own, compile=self._compile, say=self._say)
 
-    def _program(self, key: int) -> Session | DividedProgram:
+    def _program(self, key: int) -> Session | DividedProgram | GpuProgram:
         if key not in self._programs:
             raise WorkerError(f"program {key} was not given to this worker before a slice of a batch that needs it.")
         return self._programs[key]
@@ -167,7 +173,7 @@ class Replica(Gradients):
         update: the half of the step that applies gradients.
         variables: all of the step's, by name; they are changed in place.
         stages: see `stages.early_stages`.
-        divided: see `Gradients`.
+        elsewhere, gpu: see `Gradients`.
     """
 
     def __init__(
@@ -178,10 +184,11 @@ class Replica(Gradients):
         compile: str,
         say: Say,
         stages: Stages = (),
-        divided: DividedPrograms | None = None,
+        elsewhere: Elsewhere | None = None,
+        gpu: torch.device | None = None,
     ) -> None:
         exchanged = [feed.name for feed in update.feeds]
-        super().__init__(exchanged, variables, compile=compile, say=say, stages=stages, divided=divided)
+        super().__init__(exchanged, variables, compile=compile, say=say, stages=stages, elsewhere=elsewhere, gpu=gpu)
         self._update = self._session(update)
         self._random = next((v.name for v in update.variables if v.role is Role.RANDOM), "")
 
@@ -236,7 +243,7 @@ class Replica(Gradients):
         graph = self._program(key).graph
         specs = {name: TensorSpec.of(graph.node(node).meta["val"]) for name, node in graph.fetches.items()}
         return {
-            name: torch.zeros(spec.shape, dtype=spec.dtype)
+            name: torch.zeros(spec.shape, dtype=spec.dtype, device=self._gpu)
             for name, spec in specs.items()
             if (name in self._exchanged or name.startswith(NEW)) and spec.dtype.is_floating_point
         }

@@ -324,9 +324,7 @@ class ServerSession(MembersSession):
         if kind == "role" and fields["role"] == "shard":
             fields, tensors = self._shard_role(fields)
         elif kind == "role":
-            self._begin_worker(member)
-            fields |= {"compile": self._compile, "timeout_s": _CONTROL_S / 4, "held": self._held}
-            fields["devices"] = self._devices.as_fields() if self._devices else None
+            fields |= {**self._begin_worker(member), "timeout_s": _CONTROL_S / 4, "held": self._held}
             fields |= self._worker_settings()
             tensors = {VARIABLE + name: value for name, value in self._kept.values.items()}
         elif kind == "batch":

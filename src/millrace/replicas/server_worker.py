@@ -22,7 +22,8 @@ from torch import Tensor
 from millrace.errors import WorkerError
 from millrace.graph.save import graph_from_bytes
 from millrace.replicas.batch_rows import BatchRows, added
-from millrace.replicas.divided import NEW, DividedPrograms
+from millrace.replicas.divided import NEW
+from millrace.replicas.elsewhere import programs_elsewhere
 from millrace.replicas.line import Line
 from millrace.replicas.programs import INDICES, as_bytes, pieces_beside
 from millrace.replicas.replica import Gradients
@@ -83,9 +84,8 @@ class _ServerWorker:
         self._rows = BatchRows({name: spec for client in clients for name, spec in client.tables.items()})
         held = self._held[0]
         settings: dict[str, Any] = {"compile": fields["compile"], "say": self._log}
-        devices = fields["devices"]
-        divided = DividedPrograms(devices, line, **settings) if devices else None
-        self._gradients = Gradients(self._exchanged, {**own, **held}, divided=divided, **settings)
+        elsewhere = programs_elsewhere(fields, line, **settings)
+        self._gradients = Gradients(self._exchanged, {**own, **held}, elsewhere=elsewhere, **settings)
         self._versions: list[int] = []  # of the last fetch
         self._fetched_for = 0  # how many batches were computed since
         self._coming: Begun | None = None  # a fetch into the other side

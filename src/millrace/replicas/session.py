@@ -255,10 +255,8 @@ class ReplicatedSession(MembersSession):
     def _tell(self, member: str, kind: str, fields: dict[str, Any]) -> None:
         tensors: dict[str, Tensor] = {}
         if kind == "role":
-            self._begin_worker(member)
-            fields |= {"role": "worker", "compile": self._compile}
+            fields |= {"role": "worker", **self._begin_worker(member)}
             fields |= {"stages": self._stages, "travel": asdict(self._travel)}
-            fields["devices"] = self._devices.as_fields() if self._devices else None
             fields |= {"store": asdict(self._rendezvous.address), "rule": asdict(self._rule) if self._rule else None}
             tensors = {GRAPH: self._shared} | self._variables_for(fields["committed"])
         elif kind == "step":
@@ -277,7 +275,7 @@ class ReplicatedSession(MembersSession):
             for key in dict.fromkeys(one.key for one in own.values()):
                 self._load(member, key)
         elif kind == "form":  # all of a group are told so at once
-            fields["one_host"] = len({self._hosts[worker] for worker in self._given}) == 1
+            fields |= self._meeting(self._given)
             fields["timeout_s"] = GROUP_WAITS * self._within_s(kind)
         self._hub.send(member, Message(kind, fields, tensors))
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from millrace.errors import WorkerError
 from millrace.graph.save import graph_from_bytes
+from millrace.replicas import gpus
 from millrace.replicas.choose_group import form_group
 from millrace.replicas.collective import Group
 from millrace.replicas.divided import DividedPrograms
-from millrace.replicas.gloo_group import GlooGroup
 from millrace.replicas.line import Line
 from millrace.replicas.local_replica import LocalReplica
 from millrace.replicas.programs import as_bytes, pieces_beside
@@ -71,6 +71,10 @@ class _Worker:
         self._staged: dict[str, Tensor] = {}  # variables that were broadcast and are not adopted yet
         graph = graph_from_bytes(as_bytes(role.tensors[GRAPH]))
         given = {n.removeprefix(VARIABLE): t for n, t in role.tensors.items() if n.startswith(VARIABLE)}
+        index = role.fields["gpu"]
+        self._gpu = None if index is None else gpus.use_gpu(line.name, index)  # where variables are; None: on the CPU
+        if self._gpu is not None:
+            given = {name: value.to(self._gpu) for name, value in given.items()}
         settings: dict[str, Any] = {"compile": role.fields["compile"], "say": self._log}
         self._travel = Travel(**role.fields["travel"])
         self._thread = reducing_thread()
@@ -80,9 +84,10 @@ class _Worker:
             stages = tuple(tuple(stage) for stage in role.fields["stages"])
             devices = role.fields["devices"]
             divided = DividedPrograms(devices, line, **settings) if devices else None
-            self._replica = Replica(graph, given, stages=stages, divided=divided, **settings)
+            self._replica = Replica(graph, given, stages=stages, elsewhere=divided, gpu=self._gpu, **settings)
         else:
-            self._replica = LocalReplica(graph, given, LocalSteps(**role.fields["rule"]), **settings)
+            rule = LocalSteps(**role.fields["rule"])
+            self._replica = LocalReplica(graph, given, rule, gpu=self._gpu, **settings)
 
     def run(self) -> None:
         self._handle(Told("role", self._role.fields))
@@ -128,7 +133,7 @@ class _Worker:
                 self._line.progress(f"forming generation {generation} as rank {rank} of {size}", waits=True)
                 store = StoreAddress(**self._role.fields["store"])
                 form = {**self._form, "generation": generation, "rank": rank, "size": size}
-                self._group = form_group(self._line, store, form, self._travel)
+                self._group = form_group(self._line, store, form, self._travel, self._gpu)
             case Broadcast(_, source, behind, _):
                 assert self._group is not None
                 own = self._replica.variables
@@ -164,7 +169,8 @@ class _Worker:
                     self._group.abandon()
                     self._group = None
             case Say(kind, fields):
-                self._line.say(Message(kind, self._told(kind, fields), self._beside(kind, fields)))
+                beside = {name: value.cpu() for name, value in self._beside(kind, fields).items()}
+                self._line.say(Message(kind, self._told(kind, fields), beside))
             case Story(text):
                 self._log(text)
         return None
@@ -184,7 +190,7 @@ class _Worker:
         assert self._group is not None
         self._group.limit_waits(self._feeds.fields["timeout_s"])
         overlap = self._travel.overlap
-        overlaps = isinstance(self._group, GlooGroup) if overlap is None else overlap
+        overlaps = self._group.overlaps if overlap is None else overlap
         self._reduction = Reduction(self._group, self._thread)
         self._results = self._replica.compute(parts, self._reduction.add if overlaps else None)
         self._slices = tuple(slices)

@@ -135,7 +135,7 @@ def _begin(start: Mapping[str, Any]) -> DeviceWorker:
         importlib.import_module(name)
     torch_device = torch.device(start["torch_device"])
     if torch_device.type == "cuda":
-        _take_gpu(start["device"], torch_device, start["memory_bytes"])
+        take_gpu(start["device"], torch_device, start["memory_bytes"])
     elif start["memory_bytes"] is not None:
         hold_to(start["memory_bytes"])
 
@@ -145,7 +145,7 @@ def _begin(start: Mapping[str, Any]) -> DeviceWorker:
     return DeviceWorker(start["device"], meet, start["torch_device"])
 
 
-def _take_gpu(name: str, device: torch.device, memory_bytes: int | None) -> None:
+def take_gpu(name: str, device: torch.device, memory_bytes: int | None = None) -> None:
     """Make a GPU this process's own one, and hold it to so much of its memory."""
     count = torch.cuda.device_count()
     if device.index >= count:

@@ -261,6 +261,7 @@ def _start(directory: Path, cpus: float) -> Callable[[], None]:
     variables = {
         "RAY_TMPDIR": str(temporary),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # processes share its GPUs among themselves
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # `_loopback`, for its other processes
     }
     try:

@@ -153,5 +153,5 @@ def _refuse_other_devices(graph: Graph) -> None:
         raise SettingError(
             "a step that other processes run is traced on the CPU, and this one has tensors on "
             f"{', '.join(elsewhere)}. Leave the model and its batches on the CPU: workers of devices=… put their parts "
-            "of the step where they belong; replicas compute on CPUs."
+            "of the step where they belong, and so do replicas with devices='gpu'."
         )

@@ -84,7 +84,7 @@ def fit(
             transport: "shared_memory" or "gloo"; None: as the devices' hosts allow.
             wire: narrow what they send each other: "bfloat16", "int8", "zeros" (exact), or a mapping such as
             {"encoder.*": "int8"}; see docs/placement.md.
-            With replicas, every replica is divided so.
+            With replicas, every replica is divided so; "gpu" gives each of them a GPU of its machine.
             The run directory then also has the placement and the timeline of a step: see `millrace.train.devices`.
         replicas: train in so many processes at once; processes may die. update: how they agree. "sync": each works at
             a slice of every batch, and the result is that of one process (up to rounding). "async": each works at a

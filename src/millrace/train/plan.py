@@ -67,6 +67,7 @@ class PlanSettings(TypedDict, total=False):
 _INTERVALS = ("evaluate_every", "checkpoint_every", "log_every")
 _PARTS = ("accumulate", "partitions", "microbatches", "replicas", "time_chunks")
 _COUNTS = ("steps", "epochs", *_PARTS, "steps_per_call", *_INTERVALS)
+GPU = "gpu"
 FIXED = ("seed", "accumulate", "precision", "partitions")  # of a run: resumed, it keeps them
 
 
@@ -185,7 +186,15 @@ class Plan:
             raise SettingError(
                 f"update={self.update!r} and cluster={self.cluster!r} are for replicas: say how many, by replicas=2"
             )
-        if self.replicas is not None and self.devices is not None:
+        if self.replicas is not None and self.on_gpus:
+            divided = {"microbatches": self.microbatches > 1, "time_chunks": self.time_chunks > 1}
+            divided["placement"] = self.placement is not None
+            for what in [name for name, is_so in divided.items() if is_so]:
+                raise SettingError(
+                    f"{what}=… is for replicas of several devices each, and with devices={self.devices!r} each has one "
+                    "GPU. Leave it out."
+                )
+        elif self.replicas is not None and self.devices is not None:
             refused = {"time_chunks": self.time_chunks > 1, "local steps": isinstance(update, LocalSteps)}
             for what in [name for name, is_so in refused.items() if is_so]:
                 raise SettingError(f"{what} in replicas=… of several devices each is not possible: leave one out.")
@@ -195,6 +204,11 @@ class Plan:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise SettingError(f"{name}={value!r}: expected seconds above 0, or None")
+
+    @property
+    def on_gpus(self) -> bool:
+        """Whether every replica is to compute on a GPU of its machine."""
+        return self.replicas is not None and self.devices in (GPU, [GPU], (GPU,))
 
     @property
     def workers(self) -> int:

@@ -119,6 +119,7 @@ class ReplicaRun(Callback):
             "patience_s": plan.patience_s,
             "drop_failing": plan.drop_failing,
             "devices": self._devices(),
+            "gpus": plan.on_gpus,
             "directory": directory,
             "say": self._say,
         }
@@ -140,7 +141,7 @@ class ReplicaRun(Callback):
     def _devices(self) -> Devices | None:
         """What every replica is divided over."""
         plan = self._plan
-        if plan.devices is None or plan.replicas is None:
+        if plan.devices is None or plan.replicas is None or plan.on_gpus:
             return None
         cluster = cluster_of(plan.devices)
         gpus = [device.name for device in cluster.devices if device.kind != "cpu"]
@@ -148,7 +149,7 @@ class ReplicaRun(Callback):
         if gpus or len(hosts) > 1:
             raise SettingError(
                 "devices=… with replicas=…: every replica is divided over CPU workers of its own machine, not over "
-                f"{', '.join(gpus or sorted(hosts))}. Pass devices=2, say."
+                f"{', '.join(gpus or sorted(hosts))}. Pass devices=2, say, or devices='gpu' for one GPU each."
             )
         found = Devices(cluster, Hints.of(plan.placement), plan.seed, plan.microbatches)
         return found if plan.cluster not in (None, "local") else found.shared_by(plan.workers)
@@ -162,9 +163,10 @@ class ReplicaRun(Callback):
         return choose_launcher(
             plan.cluster,
             "millrace.replicas.member",
-            [*(["--divided"] if plan.devices is not None else []), "--imports", *plan.imports],
+            [*(["--divided"] if plan.devices is not None and not plan.on_gpus else []), "--imports", *plan.imports],
             threads,
             directory,
+            gpus=1.0 if plan.on_gpus and plan.cluster != "local" else 0.0,  # a local Ray is this run's alone
             local_cpus=count + _MORE,
             processes=count,
             schedule_within_s=plan.room_within_s,

@@ -1,0 +1,244 @@
+"""Replicas that compute on GPUs, for which a device stands in that has values and is no CPU. With GPUs: the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.graph.step_models import MODELS, batch_of, step_graph
+from tests.replicas import stand_in
+from tests.replicas.real_session import session_over, train
+from tests.replicas.test_replica import SIZES, added, replica_of, sliced
+from torch import Tensor, nn
+
+from millrace.errors import SettingError
+from millrace.graph.passes.halves import halves
+from millrace.replicas.gpu_programs import GpuPrograms
+from millrace.replicas.gpus import least_used
+from millrace.replicas.local_replica import LocalReplica
+from millrace.replicas.replica import Gradients, Replica
+from millrace.replicas.settings import Async, Hybrid, LocalSteps, Sync
+from millrace.replicas.stages import early_stages
+from millrace.runtime.launch import Launcher, ProcessLauncher
+from millrace.runtime.session import Session
+from millrace.train.fit import fit
+
+MEMBER = "tests.replicas.stand_in.member"
+
+
+def test_a_worker_has_the_gpu_that_fewest_others_of_its_machine_have() -> None:
+    assert least_used(["0", "1", "2"], []) == 0
+    assert least_used(["0", "1", "2"], ["0", "2"]) == 1
+    assert least_used(["0", "1"], ["0", "1", "1"]) == 0
+    assert least_used(["GPU-b"], ["GPU-a", "GPU-b"]) == 0  # it sees no other
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer"),
+    [("mlp", "adamw"), ("lstm", "millrace adam clipped"), ("tied", "adamw"), ("cnn", "momentum")],
+)
+def test_a_replica_has_all_on_its_gpu_and_takes_the_same_step(model: str, optimizer: str) -> None:
+    gpu = stand_in.use()
+    graph, kind = step_graph(model, optimizer), MODELS[model][1]
+    here = replica_of(graph, SIZES, kind)
+    cut = halves(graph)
+    stages = early_stages(cut.gradients, [feed.name for feed in cut.exchanged])
+    there = {name: value.detach().clone().to(gpu) for name, value in graph.initial.items()}
+    replica = Replica(cut.update, there, compile="eager", say=print, stages=stages, gpu=gpu)
+    assert graph.retrace is not None
+    for size in set(SIZES):
+        replica.load(size, halves(graph.retrace(batch_of(kind, size))).gradients)
+    for seed in range(2):
+        batch, begun = batch_of(kind, sum(SIZES), seed), []
+        expected = here.compute(sliced(batch, SIZES))
+        here.commit(added([expected]), expected.others)
+        found = replica.compute(sliced(batch, SIZES), begun.extend)
+        assert len(begun) >= found.begun
+        assert found.begun == len(stages)
+        assert {t.device for t in [*begun, *found.means.values(), *found.others.values()]} == {gpu}
+        replica.commit(added([found]), found.others)
+    for name, value in here.variables.items():
+        assert replica.variables[name].device == gpu
+        torch.testing.assert_close(replica.variables[name].cpu(), value, rtol=1e-9, atol=1e-9)
+
+
+def test_slices_without_examples_add_nothing_there() -> None:
+    gpu, graph = stand_in.use(), step_graph("mlp", "adamw")
+    there = {name: value.detach().clone().to(gpu) for name, value in graph.initial.items()}
+    replica = Replica(halves(graph).update, there, compile="eager", say=print, gpu=gpu)
+    replica.load(6, halves(graph).gradients)
+    full = sliced(batch_of(MODELS["mlp"][1], 6), [6])
+    both = replica.compute([*full, type(full[0])(1, 6, 0.0, ())]).means
+    for name, value in replica.compute(full).means.items():
+        assert torch.equal(both[name].cpu(), value.cpu())
+
+
+def test_local_steps_are_taken_on_the_gpu() -> None:
+    gpu, graph = stand_in.use(), step_graph("mlp", "adamw")
+    kind, rule = MODELS["mlp"][1], LocalSteps(every=2)
+    values = {name: value.detach().clone() for name, value in graph.initial.items()}
+    here = LocalReplica(graph, {n: v.clone() for n, v in values.items()}, rule, compile="eager", say=print)
+    there = LocalReplica(graph, {n: v.to(gpu) for n, v in values.items()}, rule, compile="eager", say=print, gpu=gpu)
+    batches = tuple(sliced(batch_of(kind, 6, seed), [6])[0].batches[0] for seed in range(2))
+    part = sliced(batch_of(kind, 6), [6])[0]
+    for replica in (here, there):
+        replica.load(6, graph)
+        found = replica.compute([type(part)(0, 6, 1.0, batches)])
+        replica.commit(found.means, found.others)
+    for name, value in here.variables.items():
+        assert there.variables[name].device == gpu
+        torch.testing.assert_close(there.variables[name].cpu(), value, rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_of_variables_in_host_memory_come_back_there() -> None:
+    gpu, graph = stand_in.use(), step_graph("lstm", "adamw")
+    kind, cut = MODELS["lstm"][1], halves(graph)
+    values = {name: value.detach().clone() for name, value in graph.initial.items()}
+    names = [feed.name for feed in cut.exchanged]
+    programs = GpuPrograms(gpu, compile="eager", say=print)
+    here = Gradients(names, values, compile="eager", say=print)
+    there = Gradients(names, values, compile="eager", say=print, elsewhere=programs)
+    for gradients in (here, there):
+        gradients.load(0, cut.gradients)
+    for seed in range(2):
+        feeds = sliced(batch_of(kind, 6, seed), [6])[0].batches[0]
+        expected, found = (gradients.values(1, 0, feeds) for gradients in (here, there))  # random numbers of slice 1
+        for name, value in expected.items():
+            assert found[name].device.type == "cpu"
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
+        for value in values.values():  # what servers do
+            if value.is_floating_point():
+                value.mul_(0.5)
+        for gradients in (here, there):
+            gradients.use(values)
+
+
+# -- whole runs, over processes ------------------------------------------------------------------------------------
+
+
+def loss(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(net(batch[0]), batch[1])
+
+
+def trained(steps: int = 6, **settings: Any) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 3)).double()
+    data = torch.randn(48, 6, dtype=torch.float64), torch.randint(0, 3, (48,))
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    quiet: dict[str, Any] = {"batch_size": 8, "compile": "eager", "progress": False, "run_dir": False}
+    fit(net, data, loss=loss, optimizer=optimizer, steps=steps, **{**quiet, **settings})
+    return {name: value.detach().clone() for name, value in net.state_dict().items()}
+
+
+@pytest.fixture
+def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """What members tell of their GPUs and groups."""
+    stand_in.built()  # a member has less time for it
+    monkeypatch.setenv("STAND_IN_SEEN", str(tmp_path / "seen"))
+    monkeypatch.setenv("STAND_IN_GPUS", "a,b")
+    return lambda: (tmp_path / "seen").read_text().splitlines()
+
+
+def groups(lines: list[str]) -> set[str]:
+    return {line for line in lines if line == "NCCL" or line.endswith("of the hosts")}
+
+
+ON_GPUS: dict[str, Any] = {"replicas": 2, "devices": "gpu", "imports": [MEMBER]}
+
+
+def assert_like_one_process(found: dict[str, Tensor]) -> None:
+    for name, value in trained().items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
+
+
+def test_replicas_with_gpus_of_their_own_meet_by_nccl(seen: Callable[[], list[str]]) -> None:
+    assert_like_one_process(trained(**ON_GPUS))
+    assert sorted(line.split(" has ")[1] for line in seen() if " has " in line) == ["GPU a", "GPU b"]
+    assert groups(seen()) == {"NCCL"}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "settings", "group"),
+    [
+        ("a", {}, "SharedGroup of the hosts"),
+        ("a,b", {"transport": "gloo"}, "GlooGroup of the hosts"),
+        ("a,b", {"transport": "shared_memory"}, "SharedGroup of the hosts"),
+    ],
+)
+def test_others_meet_on_their_hosts(
+    seen: Callable[[], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: str,
+    settings: dict[str, Any],
+    group: str,
+) -> None:
+    monkeypatch.setenv("STAND_IN_GPUS", gpus)
+    assert_like_one_process(trained(**ON_GPUS, **settings))
+    assert groups(seen()) == {group}
+
+
+@pytest.mark.parametrize(
+    ("update", "is_exact"),
+    [
+        (LocalSteps(every=3), False),
+        (Sync(parameter_servers=2), True),
+        pytest.param(Async(overlap=True), False, marks=pytest.mark.long),
+        pytest.param(Hybrid(groups=1, replicas=2), True, marks=pytest.mark.long),
+    ],
+)
+def test_every_way_to_agree_computes_on_gpus(seen: Callable[[], list[str]], update: Any, is_exact: bool) -> None:
+    found = trained(**ON_GPUS, update=update)
+    assert sum(" has GPU " in line for line in seen()) >= 2
+    if is_exact:
+        assert_like_one_process(found)
+    elif isinstance(update, LocalSteps):
+        expected = trained(replicas=2, update=update)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
+
+
+def test_whoever_takes_the_place_of_a_lost_worker_has_its_gpu(seen: Callable[[], list[str]]) -> None:
+    def launcher_in(directory: Path) -> Launcher:
+        return ProcessLauncher("millrace.replicas.member", ["--imports", MEMBER], 1, directory)
+
+    graph = step_graph("mlp", "adamw")
+    whole = Session(graph, copy=True, compile="eager")
+    with session_over(graph, Sync(), 2, spares=1, gpus=True, launcher_in=launcher_in) as session:
+        expected = train(whole, MODELS["mlp"][1], 6)
+        found = train(session, MODELS["mlp"][1], 3)
+        session.kill(session.workers[1])
+        found += train(session, MODELS["mlp"][1], 3, first=3)
+        assert found == pytest.approx(expected, rel=1e-9)
+        had = [line.split(" has ")[1] for line in seen() if " has " in line]
+        assert sorted(had[:2]) == ["GPU a", "GPU b"]
+        first, *_ = had[2:]
+        assert first in had[:2]
+        assert had.count("GPU a") + had.count("GPU b") == 3
+        assert groups(seen()) == {"NCCL"}  # nobody shares one
+        assert "aborted" in seen()
+
+
+def test_machines_without_gpus_are_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(SettingError, match="PyTorch sees none on"):
+        trained(replicas=2, devices="gpu")
+
+
+@pytest.mark.parametrize("settings", [{"microbatches": 2}, {"time_chunks": 2}, {"placement": {"0": "gpu:0"}}])
+def test_one_gpu_is_not_divided(settings: dict[str, Any]) -> None:
+    with pytest.raises(SettingError, match="each has one GPU"):
+        trained(replicas=2, devices="gpu", **settings)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("update", ["sync", Sync(parameter_servers=1), LocalSteps(every=3)])
+def test_with_gpus_replicas_train_as_on_cpus(update: Any) -> None:
+    found = trained(replicas=2, devices="gpu", update=update)
+    expected = trained(replicas=2, update=update)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6)
