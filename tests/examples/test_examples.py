@@ -148,6 +148,7 @@ def test_the_programs_in_the_documentation_are_those_of_the_examples() -> None:
     assert all((ROOT / link).exists() for link in links)
 
 
+@pytest.mark.long
 def test_two_devices_learn_digits_and_show_their_time(tmp_path: Path) -> None:
     printed = output("two_devices.py", cwd=tmp_path)
     accuracy = re.search(r"accuracy ([\d.]+); open", printed)
@@ -195,6 +196,7 @@ def test_a_table_on_the_cpu_learns_with_a_dense_part_elsewhere(tmp_path: Path) -
     assert float(accuracy[1]) >= 0.85
 
 
+@pytest.mark.long
 def test_replicas_that_are_killed_end_with_the_weights_of_those_that_are_not(tmp_path: Path) -> None:
     printed = output("replicas_that_die.py", cwd=tmp_path)
     found = re.search(r"accuracy ([\d.]+); the largest difference of a weight .*: ([\de.-]+)", printed)

@@ -56,7 +56,8 @@ def test_searched_plans_fit_and_run_where_they_may(name: str, problem: Problem) 
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.long] if name == "auto" else []) for name in sorted(ALGORITHMS)]
+    "name",
+    [pytest.param(n, marks=[pytest.mark.long] if n in ("auto", "exact") else []) for n in sorted(ALGORITHMS)],
 )
 def test_every_algorithm_places_a_plain_model(name: str) -> None:
     problem = step_of([[], [0], [1]], [1e10] * 3, [1e6] * 3, [1e13] * 2, [1e9] * 2)

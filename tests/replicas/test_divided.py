@@ -39,7 +39,10 @@ def children_of(pid: int) -> list[int]:
     return [child for child, log in logs.items() if "cpu" in Path(log).name]
 
 
-@pytest.mark.parametrize(("update", "microbatches"), [(Sync(), 1), (Sync(), 2), (Sync(parameter_servers=1), 1)])
+@pytest.mark.parametrize(
+    ("update", "microbatches"),
+    [(Sync(), 1), pytest.param(Sync(), 2, marks=pytest.mark.long), (Sync(parameter_servers=1), 1)],
+)
 def test_replicas_of_two_devices_take_the_steps_of_one_session(update: Sync, microbatches: int) -> None:
     graph = step_graph("mlp", "adamw")
     whole = Session(graph, copy=True, compile="eager")
@@ -50,7 +53,9 @@ def test_replicas_of_two_devices_take_the_steps_of_one_session(update: Sync, mic
             torch.testing.assert_close(value, whole.variables[name], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("update", [Async(copies=False), Hybrid(groups=2, copies=False)])
+@pytest.mark.parametrize(
+    "update", [pytest.param(Async(copies=False), marks=pytest.mark.long), Hybrid(groups=2, copies=False)]
+)
 def test_a_replica_of_two_devices_takes_asynchronous_steps_bit_for_bit(update: Async | Hybrid) -> None:
     """Batch after batch, so that no gradient is stale."""
     graph = step_graph("mlp", "adamw")

@@ -210,7 +210,7 @@ def test_nothing_is_left_behind(tmp_path: Path, number: signal.Signals) -> None:
         assert state["status"] == "interrupted"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_cartpole_is_solved() -> None:
     """Averaged over 100 games that training never saw; CartPole-v1 counts as solved at 475."""
     task = configure("play", ["compile=eager", "evaluate_every=100000", "checkpoint_every=100000"])
