@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from millrace.cli.main import COMMANDS, FAILED, INTERRUPTED, OK, TRACEBACK, USAGE, main
-from millrace.cli.train import parsed
+from millrace.cli.train import _division, parsed
 from millrace.errors import SettingError
 from millrace.graph.save import load_graph
 from millrace.train.callbacks import Callback
@@ -301,7 +301,7 @@ def test_a_run_goes_on_over_other_replicas_in_its_own_way(tmp_path: Path, monkey
     ways = {
         "one": ["--replicas", "2", "--update", "hybrid", "--groups", "3"],
         "two": [],
-        "three": ["--replicas", "2", "--parameter-servers", "2", "--backup", "1"],
+        "three": ["--replicas", "2", "--parameter-servers", "2", "--backup", "1", "--spares", "0"],
     }
     for name, arguments in ways.items():
         RunDirectory.create(Path("runs"), name, {"arguments": arguments}).close("interrupted", 0)
@@ -312,3 +312,5 @@ def test_a_run_goes_on_over_other_replicas_in_its_own_way(tmp_path: Path, monkey
     assert parsed(["--resume", "two", "--replicas", "4"]).update == "sync"
     again = parsed(["--resume", "three", "--replicas", "4", "--backup", "2"])
     assert (again.update, again.parameter_servers, again.backup) == ("sync", 2, 2)
+    assert (again.spares, _division(again).spares) == (0, 0)
+    assert _division(parsed(["digits", "--replicas", "2"])).spares == 1

@@ -15,14 +15,16 @@ from tests.replicas.real_session import session_over, train
 from tests.replicas.test_replica import SIZES, added, replica_of, sliced
 from torch import Tensor, nn
 
-from millrace.errors import SettingError
+from millrace.errors import SettingError, StepError
 from millrace.graph.passes.halves import halves
+from millrace.replicas import nccl_group
 from millrace.replicas.gpu_programs import GpuPrograms
 from millrace.replicas.gpus import least_used
 from millrace.replicas.local_replica import LocalReplica
 from millrace.replicas.replica import Gradients, Replica
 from millrace.replicas.settings import Async, Hybrid, LocalSteps, Sync
 from millrace.replicas.stages import early_stages
+from millrace.runtime.device_worker import error_message
 from millrace.runtime.launch import Launcher, ProcessLauncher
 from millrace.runtime.session import Session
 from millrace.train.fit import fit
@@ -162,21 +164,23 @@ def test_replicas_with_gpus_of_their_own_meet_by_nccl(seen: Callable[[], list[st
 
 
 @pytest.mark.parametrize(
-    ("gpus", "settings", "group"),
+    ("gpus", "nccl", "settings", "group"),
     [
-        ("a", {}, "SharedGroup of the hosts"),
-        ("a,b", {"transport": "gloo"}, "GlooGroup of the hosts"),
-        ("a,b", {"transport": "shared_memory"}, "SharedGroup of the hosts"),
+        ("a", "", {}, "SharedGroup of the hosts"),
+        ("a,b", "none", {}, "SharedGroup of the hosts"),
+        ("a,b", "", {"transport": "gloo"}, "GlooGroup of the hosts"),
     ],
 )
 def test_others_meet_on_their_hosts(
     seen: Callable[[], list[str]],
     monkeypatch: pytest.MonkeyPatch,
     gpus: str,
+    nccl: str,
     settings: dict[str, Any],
     group: str,
 ) -> None:
     monkeypatch.setenv("STAND_IN_GPUS", gpus)
+    monkeypatch.setenv("STAND_IN_NCCL", nccl)
     assert_like_one_process(trained(**ON_GPUS, **settings))
     assert groups(seen()) == {group}
 
@@ -201,10 +205,23 @@ def test_every_way_to_agree_computes_on_gpus(seen: Callable[[], list[str]], upda
             torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
 
 
-def test_whoever_takes_the_place_of_a_lost_worker_has_its_gpu(seen: Callable[[], list[str]]) -> None:
-    def launcher_in(directory: Path) -> Launcher:
-        return ProcessLauncher("millrace.replicas.member", ["--imports", MEMBER], 1, directory)
+def launcher_in(directory: Path) -> Launcher:
+    return ProcessLauncher("millrace.replicas.member", ["--gpus", "--imports", MEMBER], 1, directory)
 
+
+def test_it_is_said_once_that_some_share_a_gpu(seen: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STAND_IN_GPUS", "a,b")
+    said: list[str] = []
+    with session_over(
+        step_graph("mlp", "adamw"), Sync(), 4, gpus=True, launcher_in=launcher_in, say=said.append
+    ) as session:
+        train(session, MODELS["mlp"][1], 1)
+    had = [line.split(" has ")[1] for line in seen() if " has " in line]
+    assert sorted(had) == ["GPU a", "GPU a", "GPU b", "GPU b"]
+    assert sum("has fewer GPUs than replicas (2): some share one" in line for line in said) == 1
+
+
+def test_whoever_takes_the_place_of_a_lost_worker_has_its_gpu(seen: Callable[[], list[str]]) -> None:
     graph = step_graph("mlp", "adamw")
     whole = Session(graph, copy=True, compile="eager")
     with session_over(graph, Sync(), 2, spares=1, gpus=True, launcher_in=launcher_in) as session:
@@ -220,6 +237,20 @@ def test_whoever_takes_the_place_of_a_lost_worker_has_its_gpu(seen: Callable[[],
         assert had.count("GPU a") + had.count("GPU b") == 3
         assert groups(seen()) == {"NCCL"}  # nobody shares one
         assert "aborted" in seen()
+
+
+def test_an_interface_is_found_by_its_address() -> None:
+    assert nccl_group._interface_of("127.0.0.1") == "lo"
+    assert nccl_group._interface_of("192.0.2.1") is None  # an address that nobody has
+
+
+@pytest.mark.parametrize(("number", "kind"), [(214, "WorkerError"), (710, "StepError")])
+def test_a_gpu_that_fails_costs_its_worker_and_an_assert_on_it_ends_the_run(number: int, kind: str) -> None:
+    failed = torch.AcceleratorError("CUDA error: said by the stand-in")
+    failed.error_code = number  # as PyTorch sets it
+    error = StepError("the step failed at node 'mm'")
+    error.__cause__ = failed
+    assert error_message(error).fields["type"] == kind
 
 
 def test_machines_without_gpus_are_refused() -> None:

@@ -91,6 +91,8 @@ def test_what_never_fits_is_refused_with_what_there_is() -> None:
     )
     with pytest.raises(SettingError, match="1 CPU, 1 GPU"):
         handed_in(cluster, Asked(gpus=1))
+    with pytest.raises(SettingError, match="2 for its replicas' processes, 2 GPU"):
+        handed_in(cluster, Asked(processes=2, on_gpus=True))
     assert cluster.requests == []
 
 

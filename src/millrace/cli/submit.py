@@ -12,6 +12,7 @@ from millrace.cli.train import division_arguments, kept_arguments, parsed
 from millrace.errors import SettingError
 from millrace.replicas.settings import processes
 from millrace.runtime.jobs import Jobs, open_jobs
+from millrace.train.plan import GPU
 from millrace.zoo.run import SPARES, configure
 from millrace.zoo.submitted import Asked, SubmittedRun, find_submitted, submit, why_waiting
 
@@ -87,8 +88,11 @@ def _options() -> argparse.ArgumentParser:
 def _asked(given: argparse.Namespace, training: argparse.Namespace) -> Asked:
     if not (given.cpus >= 0 and given.gpus >= 0):
         raise SettingError(f"--cpus {given.cpus:g} --gpus {given.gpus:g}: expected numbers of at least 0")
-    several = 0 if training.replicas is None else processes(training.update, training.replicas, SPARES)
-    return Asked(given.cpus, given.gpus, several)
+    if training.replicas is None:
+        return Asked(given.cpus, given.gpus)
+    spares = SPARES if training.spares is None else training.spares
+    on_gpus = training.devices == [GPU]
+    return Asked(given.cpus, given.gpus, processes(training.update, training.replicas, spares), on_gpus)
 
 
 def _see_it_start(jobs: Jobs, run: SubmittedRun) -> int:

@@ -18,7 +18,7 @@ from millrace.train.devices import PICTURE, TIMELINE
 from millrace.train.run_directory import RunDirectory
 from millrace.zoo.base import Task
 from millrace.zoo.registry import check_name
-from millrace.zoo.run import Division, Finished, configure, configure_again, find_run, train
+from millrace.zoo.run import SPARES, Division, Finished, configure, configure_again, find_run, train
 
 _DESCRIPTION = """\
 Train a task of the zoo, or go on with a run that was interrupted, was killed, or is to get longer.
@@ -73,7 +73,10 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     options.add_argument("--run-dir", metavar="DIR", help="the run's own directory (default: a new one under runs/)")
     add_device(options)
     options.add_argument(
-        "--devices", type=devices_of, metavar="N", help="train over N CPU workers here, or gpu:0,cpu:0, or all"
+        "--devices",
+        type=devices_of,
+        metavar="N",
+        help="train over N CPU workers here, or gpu:0,cpu:0, or all; with --replicas gpu: a GPU for each",
     )
     options.add_argument(
         "--cluster",
@@ -94,6 +97,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
         "--parameter-servers", type=int, metavar="N", help="so many processes hold the variables (sync: 0, else 1)"
     )
     options.add_argument("--backup", type=int, metavar="N", help="so many replicas more than an update waits for (0)")
+    options.add_argument("--spares", type=int, metavar="N", help=f"so many more processes stand by ({SPARES})")
     options.add_argument("--chaos", type=float, metavar="SECONDS", help="kill one of the processes every so often")
     add_dividing(options)
     add_json(options)
@@ -103,10 +107,11 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
         options.error("a TASK is needed (`millrace tasks` lists them), or --resume RUN")
     if given.resume is not None and given.run_dir is not None:
         options.error("--run-dir is for new runs; --resume RUN goes on in RUN")
-    of_replicas = {given.parameter_servers, given.backup, given.chaos, given.room_within} - {None}
+    of_replicas = {given.parameter_servers, given.backup, given.spares, given.chaos, given.room_within} - {None}
     if given.replicas is None and (given.update not in (None, "sync") or of_replicas):
         options.error(
-            "--update, --parameter-servers, --backup, --chaos and --room-within are for replicas: give --replicas N"
+            "--update, --parameter-servers, --backup, --spares, --chaos and --room-within are for replicas: give "
+            "--replicas N"
         )
     if given.replicas is None and given.devices is not None and given.cluster is not None:
         options.error("--devices N makes workers of this machine, --cluster FILE lists them: give one of the two")
@@ -120,7 +125,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
         given.update = _kept(given.resume, "--update", "sync") if again else "sync"
         if given.update == "hybrid" and given.groups is None:
             given.groups = int(_kept(given.resume, "--groups", str(Hybrid().groups)))
-        for name in ("parameter_servers", "backup") if again else ():
+        for name in ("parameter_servers", "backup", "spares") if again else ():
             kept = _kept(given.resume, f"--{name.replace('_', '-')}", "")
             if kept and getattr(given, name) is None:
                 setattr(given, name, int(kept))
@@ -158,6 +163,7 @@ def _division(given: argparse.Namespace) -> Division:
         cluster=None if several else given.cluster,
         chaos_s=given.chaos,
         **({} if given.room_within is None else {"room_within_s": given.room_within}),
+        **({} if given.spares is None else {"spares": given.spares}),
     )
 
 
@@ -174,7 +180,7 @@ def kept_arguments(given: argparse.Namespace) -> list[str]:
         "wire": None,
     }
     defaults |= {"replicas": None, "update": "sync", "groups": None, "room_within": None}
-    defaults |= {"parameter_servers": None, "backup": None}
+    defaults |= {"parameter_servers": None, "backup": None, "spares": None}
     for name, default in defaults.items():
         if getattr(given, name) != default:
             value = getattr(given, name)

@@ -56,7 +56,7 @@ class Group(abc.ABC):
     def all_reduce(self, tensors: Sequence[Tensor], weight: float) -> None:
         """Make every tensor the sum over the ranks of weight × tensor, in place, with the same bits on all ranks.
 
-        The bits are also the same in every run with as many ranks.
+        On CPUs the bits are also the same in every run with as many ranks.
 
         Args: tensors: float64, float32 or bfloat16, on the group's kind of device, any strides. weight: of this rank;
             all ranks' sum to 1.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Collection, Sequence
 
@@ -30,5 +31,21 @@ def least_used(visible: Sequence[str], taken: Collection[str]) -> int:
 def use_gpu(who: str, index: int) -> torch.device:
     """Make a GPU this process's own one. Raises: WorkerError when it is not there."""
     device = torch.device("cuda", index)
+    _start(index)
     take_gpu(who, device)
     return device
+
+
+def _start(index: int) -> None:
+    """Start CUDA's driver and make its context on a GPU, which can take seconds where many do it at once.
+
+    PyTorch would do it on its first call, and let no other thread run meanwhile: whoever listens for this process's
+    beats would take it for stopped. What fails here PyTorch says better.
+    """
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    if cuda.cuInit(0) == 0 and cuda.cuDeviceGet(ctypes.byref(device), index) == 0:
+        cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)

@@ -1,6 +1,6 @@
 """A group whose ranks have their tensors on GPUs, and add them up in host memory by another group.
 
-For ranks that share a GPU, for gradients that are narrowed on the wire, and for a PyTorch without NCCL.
+For ranks that share a GPU or have no NCCL, and for gradients that are narrowed on the wire.
 """
 
 from __future__ import annotations

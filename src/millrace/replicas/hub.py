@@ -30,19 +30,21 @@ from millrace.runtime.link import Link
 from millrace.runtime.messages import LONGEST_WAIT_S, Message
 
 START_WITHIN_S = 120.0
-_EXIT_WITHIN_S = 0.5  # of a kill; then it is reported lost without how it ended: its machine may be cut off
+EXIT_WITHIN_S = 0.5
+_LOOK_S = 0.5
 _SOON_S = 0.005
 
 
 @dataclass(frozen=True)
 class Joined:
     """A member has said hello, and is a spare. pid, host: its process, and the name of the machine that it is on. gpus:
-    those that it may use, by names that all on its machine give them."""
+    of a run on GPUs, those that it may use, by names that all on its machine give them. nccl: whether it has NCCL."""
 
     member: str
     pid: int
     host: str
     gpus: tuple[str, ...] = ()
+    nccl: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class Hub:
         say: is told, from the hub's thread, of strangers that were refused.
         beat_late_s: how long a member may show no sign of life.
         start_within_s: how long a member may take to start.
+        exit_within_s: how long a killed one may take to end, before it is reported lost without how it ended: its
+            machine may be cut off.
     """
 
     def __init__(
@@ -100,6 +104,7 @@ class Hub:
         *,
         beat_late_s: float = BEAT_LATE_S,
         start_within_s: float = START_WITHIN_S,
+        exit_within_s: float = EXIT_WITHIN_S,
     ) -> None:
         self._launcher = launcher
         self._token = token
@@ -107,6 +112,7 @@ class Hub:
         self._say = say
         self._beat_late_s = beat_late_s
         self._start_within_s = start_within_s
+        self._exit_within_s = exit_within_s
         self._listener = listen(launcher.where or f"unix:{directory}/hub", say)
         self._members: dict[str, _Member] = {}  # all there ever were
         self._numbers = itertools.count()
@@ -153,7 +159,7 @@ class Hub:
                 done.set_exception(error)
 
         self._tell(start)
-        while not wait([done], _EXIT_WITHIN_S).done:
+        while not wait([done], _LOOK_S).done:
             if not self._thread.is_alive():
                 raise WorkerError("members cannot be started: the hub was closed, or its thread failed.")
         done.result()
@@ -192,7 +198,7 @@ class Hub:
         for member in list(self._members):
             self.kill(member, why)
         while not all(member.lost for member in self._members.values()):
-            self.next(_EXIT_WITHIN_S)
+            self.next(_LOOK_S)
         while self.next(0.0) is not None:
             pass
 
@@ -275,7 +281,8 @@ class Hub:
                 member.watched = Watched(time.monotonic())
                 hello = member.hello
                 gpus = tuple(str(gpu) for gpu in hello.get("gpus", ()))
-                self._events.put(Joined(member.name, int(hello["pid"]), str(hello["host"]), gpus))
+                nccl = bool(hello.get("nccl", False))
+                self._events.put(Joined(member.name, int(hello["pid"]), str(hello["host"]), gpus, nccl))
 
     def _linked(self, connection: socket.socket, on_ready: Callable[[], None]) -> Link:
         self._selector.register(connection, selectors.EVENT_READ, on_ready)
@@ -335,7 +342,7 @@ class Hub:
         assert member.ending is not None
         why, since_s = member.ending
         how = self._launcher.exit_of(member.name)
-        if how is None and now_s - since_s < _EXIT_WITHIN_S:
+        if how is None and now_s - since_s < self._exit_within_s:
             return
         if not why:
             why = f"its process {how}" if how else "its connection ended, and how its process did is not known"

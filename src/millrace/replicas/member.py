@@ -1,8 +1,9 @@
 """A process that has imported all there is to import, said hello, and does what the driver gives it to do.
 
-As a process: `python -m millrace.replicas.member NAME PARENT_PID [--divided] [--imports MODULE …] [--memory-bytes N]`,
-with the driver's address, the run's token and its directory in the environment, which other users cannot read. With
---divided, workers have device processes of their own, for whose start it gets ready while it stands by.
+As a process: `python -m millrace.replicas.member NAME PARENT_PID [--divided] [--gpus] [--imports MODULE …]
+[--memory-bytes N]`, with the driver's address, the run's token and its directory in the environment, which other users
+cannot read. With --divided, workers have device processes of their own, for whose start it gets ready while it stands
+by. With --gpus it says which GPUs it may use.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import tempfile
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import distributed
 
 from millrace.child_process import end_with, show_as
 from millrace.errors import SettingError, did_you_mean
@@ -48,6 +51,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("name")
     parser.add_argument("parent", type=int)
     parser.add_argument("--divided", action="store_true")
+    parser.add_argument("--gpus", action="store_true")
     parser.add_argument("--imports", nargs="*", default=[])
     parser.add_argument("--memory-bytes", type=int)
     asked = parser.parse_args(arguments)
@@ -58,7 +62,7 @@ def main(arguments: list[str]) -> int:
     torch.ones(64, 64).matmul(torch.ones(64, 64))  # the first product starts threads
     if asked.memory_bytes is not None:
         hold_to(asked.memory_bytes)
-    line = _call_driver(asked.name, os.environ)
+    line = _call_driver(asked.name, os.environ, asked.gpus)
     os.environ["TMPDIR"] = tempfile.tempdir = str(line.directory)  # what a killed process leaves goes with the run
     prepared = not asked.divided
     while True:
@@ -83,9 +87,11 @@ def _take(line: Line, message: Message) -> None:
     ROLES[name](line, message)
 
 
-def _call_driver(name: str, variables: Mapping[str, str]) -> Line:
+def _call_driver(name: str, variables: Mapping[str, str], on_gpus: bool) -> Line:
     address, token = variables["MILLRACE_ADDRESS"], bytes.fromhex(variables["MILLRACE_TOKEN"])
-    hello = {"name": name, "pid": os.getpid(), "host": socket.gethostname(), "gpus": gpus.visible_gpus()}
+    hello: dict[str, Any] = {"name": name, "pid": os.getpid(), "host": socket.gethostname()}
+    if on_gpus:
+        hello |= {"gpus": gpus.visible_gpus(), "nccl": distributed.is_nccl_available()}
     connection = dial(address, token, {**hello, "for": "line"}, _DIAL_S)
     beat = dial(address, token, {**hello, "for": "beat"}, _DIAL_S)
     if beat.family != socket.AF_UNIX and sys.platform == "linux":

@@ -118,6 +118,8 @@ class MembersSession(RemoteSession):
         self._hosts: dict[str, str] = {}  # the machine of every member that there was
         self._gpus: dict[str, tuple[str, ...]] = {}  # and the GPUs that it may use
         self._gpu_of: dict[str, str] = {}  # that of each worker
+        self._has_nccl = True  # every member
+        self._told_of_sharing = False
         self._given: dict[str, set[int]] = {}  # which programs each worker has
         self._fresh: set[str] = set()  # workers that have not run yet what they were given last
         self._beside: dict[tuple[str, str], Message] = {}  # the newest message of each member and kind
@@ -245,8 +247,9 @@ class MembersSession(RemoteSession):
         self._check_open()
         event = self._hub.next(within_s)
         match event:
-            case hub_events.Joined(member, host=host, gpus=gpus):
+            case hub_events.Joined(member, host=host, gpus=gpus, nccl=nccl):
                 self._hosts[member], self._gpus[member] = host, gpus
+                self._has_nccl = self._has_nccl and nccl
                 self._decide(Joined(member))
             case hub_events.Lost(member, why):
                 self._fresh.discard(member)
@@ -304,13 +307,17 @@ class MembersSession(RemoteSession):
         beside = [self._gpu_of[worker] for worker in self._given if self._hosts[worker] == host]
         index = least_used(visible, beside)
         self._gpu_of[member] = visible[index]
+        if visible[index] in beside and not self._told_of_sharing:
+            self._told_of_sharing = True
+            self._say(f"{host} has fewer GPUs than replicas ({len(visible)}): some share one, and do not use NCCL")
         return index
 
     def _meeting(self, members: Collection[str]) -> dict[str, Any]:
         """What those who are to form a group have to know of where they are."""
         hosts = {self._hosts[member] for member in members}
         gpus = {(self._hosts[member], self._gpu_of.get(member)) for member in members}
-        return {"one_host": len(hosts) == 1, "own_gpus": self._on_gpus and len(gpus) == len(members)}
+        own_gpus = self._on_gpus and self._has_nccl and len(gpus) == len(members)
+        return {"one_host": len(hosts) == 1, "own_gpus": own_gpus}
 
     def _load(self, member: str, key: int) -> None:
         """Have a worker make a program ready, unless it has it."""

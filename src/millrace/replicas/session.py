@@ -21,6 +21,7 @@ from millrace.graph.signature import Variable
 from millrace.replicas.coordinator import Coordinator
 from millrace.replicas.hub import Hub
 from millrace.replicas.members_session import MembersSession, MembersSettings
+from millrace.replicas.nccl_group import FORM_S
 from millrace.replicas.pool_events import PoolCommand
 from millrace.replicas.programs import Programs, as_tensor
 from millrace.replicas.protocol import (
@@ -251,6 +252,10 @@ class ReplicatedSession(MembersSession):
 
     def _step_of(self, member: str) -> int | None:
         return self._step
+
+    def _within_s(self, doing: str) -> float:
+        within_s = super()._within_s(doing)
+        return max(within_s, FORM_S) if doing == "form" and self._on_gpus else within_s
 
     def _tell(self, member: str, kind: str, fields: dict[str, Any]) -> None:
         tensors: dict[str, Tensor] = {}

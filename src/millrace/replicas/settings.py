@@ -34,7 +34,7 @@ class Sync(_Named):
         al., 2016, "Revisiting distributed synchronous SGD").
     copies: whether every server's variables are kept by a second process too, which takes its place when it is lost.
     overlap: whether collectives add up the first gradients while the last ones are computed. None: where gradients
-        travel by gloo, which they do where replicas are on several hosts.
+        travel by gloo, which they do where replicas are on several hosts, or by NCCL.
     """
 
     parameter_servers: int = 0
@@ -131,7 +131,8 @@ class LocalSteps(_Named):
 class Travel:
     """How what replicas add up gets from one to another.
 
-    transport: "shared_memory" or "gloo"; None: gloo where replicas are on several hosts, and where there is a wire.
+    transport: "shared_memory" or "gloo"; None: gloo where replicas are on several hosts, and where there is a wire;
+        NCCL where each has a GPU of its own.
     wire: "bfloat16" halves what gloo sends of float32; see `gloo_group`. overlap: see `Sync`.
     """
 

@@ -133,7 +133,7 @@ def spaces(tensors: Sequence[Tensor], flat: Tensor) -> Iterator[tuple[Tensor, Te
 def pack(tensors: Sequence[Tensor], weight: float, flat: Tensor) -> None:
     """Put tensors times a weight into a flat one, which may be narrower."""
     for tensor, space in spaces(tensors, flat):
-        if tensor.dtype == flat.dtype or not tensor.is_contiguous():
+        if tensor.dtype == flat.dtype or not tensor.is_contiguous() or flat.device.type != "cpu":
             torch.mul(tensor, weight, out=space)
             continue
         # torch makes the product in a tensor of its own before it narrows it: let that fit into the cache.

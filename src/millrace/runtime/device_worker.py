@@ -24,6 +24,7 @@ from millrace.errors import MillraceError, OutOfMemoryError, WorkerError
 from millrace.partition.files import load_program
 from millrace.partition.program import DeviceProgram, Edge, Instruction, Run
 from millrace.runtime.device import DeviceRunner
+from millrace.runtime.hardware_fault import is_hardware_fault
 from millrace.runtime.messages import Message, receive, send
 from millrace.runtime.out_of_memory import is_out_of_memory
 from millrace.runtime.transport.base import Transport
@@ -124,6 +125,8 @@ def error_message(error: Exception) -> Message:
     text = str(error) if known else f"{type(error).__name__}: {error}"
     if is_out_of_memory(error):
         known, text = OutOfMemoryError.__name__, f"it ran out of memory: {text}\n{_LESS_MEMORY}"
+    elif is_hardware_fault(error):
+        known, text = WorkerError.__name__, f"its device failed: {text}"
     return Message("error", {"type": known, "text": text})
 
 

@@ -18,7 +18,7 @@ from millrace.errors import SettingError
 from millrace.graph.graph import Graph
 from millrace.place.hints import Hints
 from millrace.replicas.divided import Devices
-from millrace.replicas.hub import Hub
+from millrace.replicas.hub import EXIT_WITHIN_S, Hub
 from millrace.replicas.hybrid_session import HybridSession
 from millrace.replicas.members_session import MembersSettings
 from millrace.replicas.rendezvous import Rendezvous
@@ -38,6 +38,7 @@ from millrace.train.run_state import Outcome
 
 STALENESS = "staleness.json"
 _MORE = 4
+_GPU_FREE_S = 5.0
 
 
 class ReplicaRun(Callback):
@@ -60,7 +61,9 @@ class ReplicaRun(Callback):
         directory = ScratchDirectory()
         path = Path(directory.name)
         launcher = self._launcher(path)
-        hub = Hub(launcher, new_token(), path, self._say)
+        # A GPU is free again, for whoever takes the place of a lost worker, once that has ended.
+        exit_within_s = _GPU_FREE_S if self._plan.on_gpus else EXIT_WITHIN_S
+        hub = Hub(launcher, new_token(), path, self._say, exit_within_s=exit_within_s)
         session: ReplicatedSession | ServerSession
         try:
             session = self._of(update, graph, hub, launcher.where, directory)
@@ -160,10 +163,11 @@ class ReplicaRun(Callback):
         # On this machine there may be more processes than cores; who was lost may not have gone when the next comes.
         assert plan.replicas is not None
         count = processes(plan.update, plan.replicas, plan.spares)
+        prepared = [] if plan.devices is None else ["--gpus" if plan.on_gpus else "--divided"]
         return choose_launcher(
             plan.cluster,
             "millrace.replicas.member",
-            [*(["--divided"] if plan.devices is not None and not plan.on_gpus else []), "--imports", *plan.imports],
+            [*prepared, "--imports", *plan.imports],
             threads,
             directory,
             gpus=1.0 if plan.on_gpus and plan.cluster != "local" else 0.0,  # a local Ray is this run's alone

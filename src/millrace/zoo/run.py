@@ -81,6 +81,7 @@ class Division:
     parameter_servers: int | None = None
     backup: int | None = None
     cluster: str | None = None
+    spares: int = SPARES
     chaos_s: float | None = None
     room_within_s: float = 30.0
 
@@ -193,7 +194,7 @@ def train(
             cluster=division.cluster,
             chaos_s=division.chaos_s,
             room_within_s=division.room_within_s,
-            spares=SPARES,
+            spares=division.spares,
             **_fit_settings(settings),
         )
         model.eval()

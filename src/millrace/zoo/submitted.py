@@ -35,15 +35,26 @@ _RUN, _VERSION, _DIRECTORY, _ARGUMENTS, _ASKED = "run", "millrace", "run_dir", "
 @dataclass(frozen=True)
 class Asked:
     """What Ray is to reserve: cpus, gpus for the process that reads the data, and trains where there are no replicas;
-    one core each for the processes of the replicas."""
+    one core each for the processes of the replicas, and with on_gpus one GPU."""
 
     cpus: float = 1.0
     gpus: float = 0.0
     processes: int = 0
+    on_gpus: bool = False
+
+    @property
+    def all_cpus(self) -> float:
+        """Those of the replicas' processes with them."""
+        return self.cpus + self.processes
+
+    @property
+    def all_gpus(self) -> float:
+        """Those of the replicas' processes with them."""
+        return self.gpus + (self.processes if self.on_gpus else 0)
 
     def __str__(self) -> str:
         also = f" and {self.processes} for its replicas' processes" if self.processes else ""
-        return f"{self.cpus:g} CPU{also}" + (f", {self.gpus:g} GPU" if self.gpus else "")
+        return f"{self.cpus:g} CPU{also}" + (f", {self.all_gpus:g} GPU" if self.all_gpus else "")
 
 
 @dataclass(frozen=True)
@@ -186,7 +197,7 @@ def why_waiting(jobs: Jobs, run: SubmittedRun) -> str:
 
 def _check_room(jobs: Jobs, asked: Asked) -> None:
     size = jobs.size()
-    if asked.cpus + asked.processes > size.cpus or asked.gpus > size.gpus:
+    if asked.all_cpus > size.cpus or asked.all_gpus > size.gpus:
         raise SettingError(
             f"the run asks for {asked}, and Ray at {jobs.address} has {size.cpus:g} CPU, {size.gpus:g} GPU on "
             f"{size.machines} machines in all: it would wait for ever. Ask for less (--replicas, --cpus, --gpus), or "

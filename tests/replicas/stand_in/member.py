@@ -79,6 +79,7 @@ class _HostGroup(choose_group.HostGroup):
         _seen(f"{type(inner).__name__} of the hosts")
 
 
+torch.distributed.is_nccl_available = lambda: os.environ.get("STAND_IN_NCCL") != "none"
 gpus.visible_gpus = lambda: tuple(os.environ["STAND_IN_GPUS"].split(","))
 gpus.use_gpu = _use_gpu
 nccl_group.form = _form
