@@ -186,7 +186,7 @@ class Plan:
             raise SettingError(
                 f"update={self.update!r} and cluster={self.cluster!r} are for replicas: say how many, by replicas=2"
             )
-        if self.replicas is not None and self.on_gpus:
+        if self.on_gpus:
             divided = {"microbatches": self.microbatches > 1, "time_chunks": self.time_chunks > 1}
             divided["placement"] = self.placement is not None
             for what in [name for name, is_so in divided.items() if is_so]:
