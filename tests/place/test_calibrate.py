@@ -59,6 +59,13 @@ def test_measured_again_on_request_and_then_kept(measuring: Measuring) -> None:
     assert measuring.asked == [1, 2, 1]
 
 
+def test_who_waits_is_told_of_it_and_nobody_else(measuring: Measuring) -> None:
+    said: list[str] = []
+    cpu_figures(1, [2], say=said.append)
+    cpu_figures(1, [2], say=said.append)
+    assert said == ["measuring this machine, once: cpu 1 beside 2"]
+
+
 def without(name: str) -> dict[str, float]:
     return {key: value for key, value in FIGURES.items() if key != name}
 

@@ -1,9 +1,10 @@
-"""What the commands' arguments have in common."""
+"""What the commands' arguments and output have in common."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,3 +47,8 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def print_json(values: Mapping[str, Any]) -> None:
     """One line."""
     print(json.dumps(values, ensure_ascii=False))
+
+
+def tell(text: str) -> None:
+    """A line for whoever waits, on standard error."""
+    print(text, file=sys.stderr, flush=True)

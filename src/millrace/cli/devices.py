@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from millrace.cli.arguments import add_json, parser, print_json
+from millrace.cli.arguments import add_json, parser, print_json, tell
 from millrace.cli.table import aligned
 from millrace.place.cluster import CLASSES, MEMORY, Cluster
 from millrace.place.cluster_file import read_cluster, write_cluster
@@ -29,7 +29,8 @@ def main(arguments: list[str]) -> None:
     options.add_argument("--write", type=Path, metavar="FILE", help="write the cluster to a TOML file")
     add_json(options)
     given = options.parse_args(arguments)
-    cluster = read_cluster(given.cluster) if given.cluster else local_cluster(measure_again=given.measure_again)
+    again = given.measure_again
+    cluster = read_cluster(given.cluster) if given.cluster else local_cluster(measure_again=again, say=tell)
     print(table(cluster))
     if given.write is not None:
         write_cluster(cluster, given.write)

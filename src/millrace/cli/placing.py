@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from millrace.cli.arguments import tell
 from millrace.errors import SettingError
 from millrace.graph.graph import Graph
 from millrace.graph.passes.gradients_apart import gradients_apart
@@ -14,7 +15,7 @@ from millrace.graph.passes.splitting.split import split
 from millrace.graph.passes.time_chunks import time_chunks
 from millrace.place.algorithms.registry import ALGORITHMS
 from millrace.place.cluster_file import read_cluster
-from millrace.place.placement import Placement, place
+from millrace.place.placement import Placement, place, search_at_hand
 from millrace.place.probe import local_cluster
 from millrace.place.wire import CODECS
 from millrace.zoo.run import configure, step_graph
@@ -74,9 +75,11 @@ def placed_step(given: argparse.Namespace) -> tuple[Graph, Placement]:
             raise SettingError(f"--{written} {getattr(given, name)}: expected a whole number of at least 1")
     graph = split(step_graph(configure(given.task, given.assignments)), given.partitions)
     graph = prune(graph, ["loss"], graph.updates)
-    cluster = read_cluster(given.cluster) if given.cluster else local_cluster(given.devices)
+    cluster = read_cluster(given.cluster) if given.cluster else local_cluster(given.devices, say=tell)
     parts = gradients_apart(microbatch(time_chunks(graph, given.time_chunks), given.microbatches))
     hints, codec = wishes(given.on), given.wire
+    if not search_at_hand():
+        tell("compiling the search for a placement, once on this machine: up to a minute")
     return graph, place(parts, cluster, hints, search=given.search, budget_s=given.budget, wire=codec)
 
 

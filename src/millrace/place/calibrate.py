@@ -31,36 +31,45 @@ _VERSION = 4
 _DEVICE_KEYS = {*CLASSES, SPECIAL, f"{PRODUCT}.bfloat16", "dispatch_s"}
 _LINK_KEYS = {"latency_s", "bytes_per_s"}
 Figures = dict[str, float]
+Say = Callable[[str], object]
 
 
 def cpu_figures(
-    threads: int, beside: Sequence[int] = (), *, measure_again: bool = False, budget_s: float = BUDGET_S
+    threads: int,
+    beside: Sequence[int] = (),
+    *,
+    measure_again: bool = False,
+    budget_s: float = BUDGET_S,
+    say: Say = log.info,
 ) -> Figures:
     """Rates by class, and "dispatch_s", of a worker process with so many threads.
 
-    Args: beside: the threads of other workers that compute meanwhile.
+    Args: beside: the threads of other workers that compute meanwhile. say: is told before something is measured.
 
     Raises: PlacementError when a process that measures fails.
     """
     others = "".join(f" beside {count}" for count in sorted(beside))
-    return _kept(f"cpu {threads}{others}", _DEVICE_KEYS, lambda: _measure(threads, beside, budget_s), measure_again)
+    measure = lambda: _measure(threads, beside, budget_s)  # noqa: E731
+    return _kept(f"cpu {threads}{others}", _DEVICE_KEYS, measure, measure_again, say)
 
 
-def cuda_figures(device: str, *, measure_again: bool = False, budget_s: float = BUDGET_S) -> Figures:
+def cuda_figures(
+    device: str, *, measure_again: bool = False, budget_s: float = BUDGET_S, say: Say = log.info
+) -> Figures:
     """The same of a GPU, "cuda:0", measured in this process."""
     key = f"{device} {torch.cuda.get_device_name(device)}"
-    return _kept(key, _DEVICE_KEYS, lambda: measure_device(device, budget_s), measure_again)
+    return _kept(key, _DEVICE_KEYS, lambda: measure_device(device, budget_s), measure_again, say)
 
 
-def host_link_figures(*, measure_again: bool = False) -> Figures:
+def host_link_figures(*, measure_again: bool = False, say: Say = log.info) -> Figures:
     """Latency and rate ("latency_s", "bytes_per_s") between two processes of this machine."""
-    return _kept("link host", _LINK_KEYS, measure_host_link, measure_again)
+    return _kept("link host", _LINK_KEYS, measure_host_link, measure_again, say)
 
 
-def cuda_link_figures(device: str, *, measure_again: bool = False) -> Figures:
+def cuda_link_figures(device: str, *, measure_again: bool = False, say: Say = log.info) -> Figures:
     """Latency and rate ("latency_s", "bytes_per_s") between the worker of a GPU and another one's memory."""
     key = f"path {device} {torch.cuda.get_device_name(device)}"
-    return _kept(key, _LINK_KEYS, lambda: measure_cuda_link(device), measure_again)
+    return _kept(key, _LINK_KEYS, lambda: measure_cuda_link(device), measure_again, say)
 
 
 def calibration_path() -> Path:
@@ -69,11 +78,12 @@ def calibration_path() -> Path:
     return user_cache() / f"calibration-{hashlib.sha256(machine.encode()).hexdigest()[:16]}.json"
 
 
-def _kept(key: str, keys: set[str], measure: Callable[[], Figures], again: bool) -> Figures:
+def _kept(key: str, keys: set[str], measure: Callable[[], Figures], again: bool, say: Say) -> Figures:
     path = calibration_path()
     found = _read(path)
     if not again and _valid(found.get(key), keys):
         return dict(found[key])
+    say(f"measuring this machine, once: {key}")
     figures = measure()
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -35,6 +35,14 @@ class Compiled:
             self._ready = self._compile() if importlib.util.find_spec("numba") else self.function
         return self._ready
 
+    @property
+    def at_hand(self) -> bool:
+        """Whether the next call need not wait for the compiler: its machine code is kept, or there is no numba."""
+        if self._ready is not None or not importlib.util.find_spec("numba"):
+            return True
+        directory = _cache_directory(self.digest())
+        return directory is not None and any(directory.rglob("*.nbi"))
+
     def digest(self) -> str:
         """Tells this source and that of all functions that it calls from any other: numba looks at one file only."""
         inner = [value.digest() for value in self._called().values()]

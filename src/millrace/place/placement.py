@@ -9,6 +9,7 @@ import numpy as np
 
 from millrace.errors import PlacementError
 from millrace.graph.graph import Graph
+from millrace.place.anneal import anneal
 from millrace.place.cluster import Cluster
 from millrace.place.contention import expect
 from millrace.place.demands import Demands, allowed_devices
@@ -110,6 +111,11 @@ def place(
     expected = expect(way.problem, plan)
     chosen = (way.grouping, way.problem, plan, expected)
     return Placement(cluster, wishes, narrowed, demands, *chosen, way.states_apart)
+
+
+def search_at_hand() -> bool:
+    """Whether `place` can begin at once; otherwise its inner loops are compiled first, once on a machine."""
+    return anneal.at_hand
 
 
 def follow(placement: Placement, graph: Graph, *, fused: bool = True) -> Placement:

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from millrace.errors import PlacementError, did_you_mean
-from millrace.place.calibrate import BUDGET_S, Figures, cpu_figures, cuda_figures, cuda_link_figures, host_link_figures
+from millrace.place.calibrate import (
+    BUDGET_S,
+    Figures,
+    Say,
+    cpu_figures,
+    cuda_figures,
+    cuda_link_figures,
+    host_link_figures,
+)
 from millrace.place.cluster import Cluster, Device, Link
+
+log = logging.getLogger(__name__)
 
 ALL = "all"
 Wanted = int | str | Sequence[int] | Sequence[str] | None
 _HOST = "/host:0/"
 
 
-def local_cluster(devices: Wanted = None, *, measure_again: bool = False, budget_s: float = BUDGET_S) -> Cluster:
+def local_cluster(
+    devices: Wanted = None, *, measure_again: bool = False, budget_s: float = BUDGET_S, say: Say = log.info
+) -> Cluster:
     """The devices of this machine with measured rates, which are kept for the next call.
 
     CPU workers share the machine's memory, and the cores, of which one is left to the worker of each GPU.
@@ -25,18 +38,19 @@ def local_cluster(devices: Wanted = None, *, measure_again: bool = False, budget
         devices: "all" or None: every GPU, and one CPU worker. A number: so many CPU workers. A sequence of numbers: a
             CPU worker for each of these numbers of threads; memory in proportion. A sequence of names: see
             `named_devices`.
-        measure_again: also where figures were kept. budget_s: for each device that is measured.
+        measure_again: also where figures were kept. budget_s: for each device that is measured. say: is told
+            what is measured, as that takes some seconds.
 
     Raises: PlacementError when no device is asked for, one that is not there, or one without a thread; when measuring
         fails.
     """
     threads, gpus = chosen_devices(devices, len(os.sched_getaffinity(0)), torch.cuda.device_count())
     counts = list(threads.values())
-    figures = {t: cpu_figures(t, measure_again=measure_again, budget_s=budget_s) for t in sorted(set(counts))}
+    figures = {t: cpu_figures(t, measure_again=measure_again, budget_s=budget_s, say=say) for t in sorted(set(counts))}
     busy = figures
     if len(counts) > 1:
         others = {t: [*counts[: counts.index(t)], *counts[counts.index(t) + 1 :]] for t in figures}
-        busy = {t: cpu_figures(t, others[t], measure_again=measure_again, budget_s=budget_s) for t in figures}
+        busy = {t: cpu_figures(t, others[t], measure_again=measure_again, budget_s=budget_s, say=say) for t in figures}
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found = [
         _device(name, "cpu", memory_bytes * count // sum(counts), figures[count], count, busy[count])
@@ -46,10 +60,10 @@ def local_cluster(devices: Wanted = None, *, measure_again: bool = False, budget
     for name in gpus:
         cuda = f"cuda:{name.rpartition(':')[2]}"
         total_bytes = torch.cuda.get_device_properties(cuda).total_memory
-        measured = cuda_figures(cuda, measure_again=measure_again, budget_s=budget_s)
+        measured = cuda_figures(cuda, measure_again=measure_again, budget_s=budget_s, say=say)
         found.append(_device(name, "cuda", total_bytes, measured, 1))
-        ways[name] = cuda_link_figures(cuda, measure_again=measure_again)
-    host = host_link_figures(measure_again=measure_again) if len(threads) > 1 else None
+        ways[name] = cuda_link_figures(cuda, measure_again=measure_again, say=say)
+    host = host_link_figures(measure_again=measure_again, say=say) if len(threads) > 1 else None
     return Cluster(tuple(found), local_links(ways, host))
 
 

@@ -23,7 +23,7 @@ from millrace.partition.placed import Planner
 from millrace.place.chrome_trace import trace_bytes
 from millrace.place.cluster import Cluster
 from millrace.place.cluster_file import read_cluster
-from millrace.place.placement import Placement, place
+from millrace.place.placement import Placement, place, search_at_hand
 from millrace.place.probe import local_cluster
 from millrace.place.summary import as_json, places_of
 from millrace.runtime.placed_session import PlacedSession
@@ -59,7 +59,7 @@ class DeviceRun(Callback):
         """
         plan = self._plan
         assert plan.devices is not None
-        cluster = cluster_of(plan.devices)
+        cluster = cluster_of(plan.devices, self._say)
         _refuse_distant(cluster)
         chunked = time_chunks(graph, plan.time_chunks)
         if plan.time_chunks > 1 and chunked is graph:
@@ -128,16 +128,18 @@ class DeviceRun(Callback):
 
     def _search(self, whole: Graph, cluster: Cluster) -> Placement:
         plan = self._plan
+        if not search_at_hand():
+            self._say("compiling the search for a placement, once on this machine: up to a minute")
         found = place(whole, cluster, plan.placement, seed=plan.seed, fused=self._fused, wire=plan.wire)
         self._say(f"placed on {len(cluster.devices)} devices: {found.plan.note}")
         return found
 
 
-def cluster_of(devices: Devices) -> Cluster:
+def cluster_of(devices: Devices, say: Say) -> Cluster:
     """The devices that a user means.
 
     Args: devices: a cluster; a cluster file, as a path or as text that ends in ".toml"; otherwise devices of this
-        machine, as `local_cluster` takes them.
+        machine, as `local_cluster` takes them. say: as `local_cluster`.
 
     Raises: PlacementError.
     """
@@ -145,7 +147,7 @@ def cluster_of(devices: Devices) -> Cluster:
         return devices
     if isinstance(devices, Path) or (isinstance(devices, str) and devices.endswith(".toml")):
         return read_cluster(Path(devices))
-    return local_cluster(devices)
+    return local_cluster(devices, say=say)
 
 
 def _refuse_distant(cluster: Cluster) -> None:

@@ -146,7 +146,7 @@ class ReplicaRun(Callback):
         plan = self._plan
         if plan.devices is None or plan.replicas is None or plan.on_gpus:
             return None
-        cluster = cluster_of(plan.devices)
+        cluster = cluster_of(plan.devices, self._say)
         gpus = [device.name for device in cluster.devices if device.kind != "cpu"]
         hosts = {device.host for device in cluster.devices}
         if gpus or len(hosts) > 1:
