@@ -107,7 +107,7 @@ def start(seed: int = 0) -> dict[str, Tensor]:
 
 
 @given(program=STEPS, unrolled=st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_in_place_is_functional_bit_for_bit(program: Steps, unrolled: bool) -> None:
     graph = check(program.graph())
     if unrolled:

@@ -22,6 +22,7 @@ def test_paragraphs_are_kept_once() -> None:
     assert once(texts) == ["one two three four", "five six seven eight", "nine ten eleven twelve"]
 
 
+@pytest.mark.long
 def test_python_has_half_a_million_words_to_read() -> None:
     words = [word for text in once(python_prose()) for word in words_of(text)]
     assert 200_000 < len(words) < 2_000_000

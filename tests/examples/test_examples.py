@@ -34,6 +34,7 @@ def output(example: str, *arguments: object, cwd: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_five_lines_train_a_whole_model_from_a_folder_of_pictures(tmp_path: Path) -> None:
     printed = output("five_lines.py", cwd=tmp_path)
     accuracy = re.search(r"accuracy over 10 classes, on pictures it never saw: ([\d.]+)%", printed)

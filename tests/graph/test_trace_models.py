@@ -17,6 +17,9 @@ from millrace.graph.trace import trace
 
 from .against_eager import Runner, importable_torchvision, match_eager, training
 
+mostly_double = pytest.mark.parametrize(
+    "dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.long)], ids=["f64", "f32"]
+)
 both_precisions = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
 
 
@@ -166,7 +169,7 @@ def text(mask: bool) -> list[dict[str, Tensor]]:
 
 
 @language_models
-@both_precisions
+@mostly_double
 def test_language_model(make: Callable[[float], nn.Module], dtype: torch.dtype) -> None:
     importable_torchvision()
     build, step = training(lambda: make(0.0), own_loss)
@@ -202,7 +205,7 @@ def test_language_model_with_dropout(make: Callable[[float], nn.Module]) -> None
         pytest.param("efficientnet_b0", {}, 64, 1e-5, marks=[pytest.mark.slow, pytest.mark.long]),
     ],
 )
-@both_precisions
+@mostly_double
 def test_image_model(name: str, settings: dict[str, Any], size: int, rate: float, dtype: torch.dtype) -> None:
     importable_torchvision()
     import timm

@@ -41,7 +41,11 @@ def children_of(pid: int) -> list[int]:
 
 @pytest.mark.parametrize(
     ("update", "microbatches"),
-    [(Sync(), 1), pytest.param(Sync(), 2, marks=pytest.mark.long), (Sync(parameter_servers=1), 1)],
+    [
+        (Sync(), 1),
+        pytest.param(Sync(), 2, marks=pytest.mark.long),
+        pytest.param(Sync(parameter_servers=1), 1, marks=pytest.mark.long),
+    ],
 )
 def test_replicas_of_two_devices_take_the_steps_of_one_session(update: Sync, microbatches: int) -> None:
     graph = step_graph("mlp", "adamw")
@@ -65,6 +69,7 @@ def test_a_replica_of_two_devices_takes_asynchronous_steps_bit_for_bit(update: A
         assert all(torch.equal(value, whole.variables[name]) for name, value in values_of(session).items())
 
 
+@pytest.mark.long
 def test_tables_travel_whole_to_replicas_of_two_devices() -> None:
     graph = graph_of(millrace.optim.adagrad(0.5))
     whole = Session(graph, copy=True, compile="eager")

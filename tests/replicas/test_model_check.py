@@ -61,7 +61,13 @@ SCOPES = {
 }
 
 
-@pytest.mark.parametrize("scope", SCOPES.values(), ids=SCOPES.keys())
+@pytest.mark.parametrize(
+    "scope",
+    [
+        pytest.param(scope, id=name, marks=pytest.mark.long if name == "3 workers, two die" else ())
+        for name, scope in SCOPES.items()
+    ],
+)
 def test_every_run_ends_with_the_variables_of_a_run_without_faults(scope: Scope) -> None:
     found = explore(SmallWorld(scope))
     print(found)

@@ -117,7 +117,9 @@ class Tagger(nn.Module):
     ("dtype", "dropout", "more", "tolerance"),
     [
         (torch.float32, 0.3, {}, {"rtol": 1e-4, "atol": 1e-5}),  # the kernel
-        (torch.float64, 0.0, {"microbatches": 2}, {"rtol": 1e-9, "atol": 1e-9}),  # written out
+        pytest.param(  # written out
+            *(torch.float64, 0.0, {"microbatches": 2}, {"rtol": 1e-9, "atol": 1e-9}), marks=pytest.mark.long
+        ),
     ],
     ids=str,
 )

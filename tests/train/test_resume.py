@@ -122,7 +122,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param(value, id=name, marks=[pytest.mark.long] if name in ("accumulating", "a schedule") else [])
+        pytest.param(value, id=name, marks=[pytest.mark.long] if name not in ("by epochs", "steps in one call") else [])
         for name, value in SETTINGS.items()
     ],
 )

@@ -96,7 +96,9 @@ def test_weights_scale_what_is_learned() -> None:
     assert float(task.loss(model, heavy)[0].detach()) == pytest.approx(2 * float(task.loss(model, light)[0].detach()))
 
 
-@pytest.mark.parametrize("variant", ["double=false", "dueling=true", "prioritized=true"])
+@pytest.mark.parametrize(
+    "variant", [pytest.param("double=false", marks=pytest.mark.long), "dueling=true", "prioritized=true"]
+)
 def test_every_variant_runs_and_repeats(variant: str) -> None:
     runs = [train(play(variant, "steps=40"), run_dir=False, progress=False, device="cpu") for _ in range(2)]
     assert runs[0].result.values == runs[1].result.values

@@ -51,6 +51,7 @@ def texts(data: TaskData, part: str) -> set[tuple[int, ...]]:
     return {tuple(row.tolist()) for batch in batches for row in batch["letters"]}
 
 
+@pytest.mark.long
 def test_a_few_spoken_digits_are_learned_from_a_folder(finished: Finished) -> None:
     assert finished.test["word_error"] <= 0.35
     assert set(finished.test) == {"loss", "word_error", *(f"word_error_{name}" for name in CONDITIONS)}
@@ -58,6 +59,7 @@ def test_a_few_spoken_digits_are_learned_from_a_folder(finished: Finished) -> No
     assert (Path(str(finished.result.run_dir)) / "pictures" / "heard.png").stat().st_size > 1000
 
 
+@pytest.mark.long
 def test_a_file_is_understood(finished: Finished, folder: Path, tmp_path: Path) -> None:
     opened = open_run(find_run(str(finished.result.run_dir)), "cpu")
     right = 0
