@@ -176,7 +176,7 @@ def test_a_stuck_member_is_killed_and_says_in_what_but_not_one_who_works(members
     members.hub.expect(member, 0.5)
     members.hub.send(member, Message("hang"))
     began_s = time.monotonic()
-    assert members.lost(member) == "stuck: no progress for 0.5 s while doing a nap"
+    assert members.lost(member) == "stuck: no progress for 0.5 s while doing a nap (patience_s allows more)"
     took_s = time.monotonic() - began_s
     print(f"stuck known after {1000 * took_s:.0f} ms of 500")
     assert 0.4 < took_s < 1.5

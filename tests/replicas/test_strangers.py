@@ -19,7 +19,9 @@ from tests.small import cross_entropy, labelled, mlp
 import millrace
 from millrace.errors import WorkerError
 from millrace.runtime.handshake import dial, new_token
+from millrace.runtime.proof import _framed
 from millrace.train.callbacks import Callback, RunView
+from millrace.version import __version__
 
 STEPS, AT = 30, 5
 FOREIGN = (
@@ -27,6 +29,7 @@ FOREIGN = (
     b"\x80\x04\x95pickled",
     struct.pack("<8sH", b"millrace", 65535),  # a huge length
     b"\xff" * 5000,
+    _framed({"version": __version__, "nonce": "x"}) + _framed({"proof": "\ud800", "hello": ""}),  # no Unicode
     b"mill",  # and then nothing more
     b"",
 )

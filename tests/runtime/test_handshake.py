@@ -25,6 +25,7 @@ from millrace.runtime import handshake, proof
 from millrace.runtime.handshake import Listener, dial, listen, new_token
 
 TOKEN = new_token()
+GREETING = proof._framed({"version": proof.__version__, "nonce": "any"})
 WHERE = ["tcp:127.0.0.1:0", "unix:{}/private/socket"]
 
 
@@ -172,6 +173,7 @@ def test_strangers_are_refused_and_the_next_one_gets_through(
         head.pack(b"millrace", 0): "damaged",
         proof._framed({"version": proof.__version__}): "without its nonce",
         proof._framed({"version": ["x"] * 500}): "is millrace",
+        GREETING + proof._framed({"proof": "\ud800", "hello": ""}): "another token",
         b"mill": "said nothing, or not enough",
         b"": "said nothing, or not enough",
     }
@@ -201,7 +203,15 @@ def test_many_silent_strangers_do_not_keep_ours_out(tmp_path: Path) -> None:
         assert len(refused) >= 36
 
 
-@given(st.binary(max_size=200))
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None)),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+PROOFS = st.fixed_dictionaries({}, optional={"proof": ANYTHING, "hello": ANYTHING, "refused": ANYTHING})
+
+
+@given(st.binary(max_size=200) | PROOFS.map(lambda fields: GREETING + proof._framed(fields)))
 def test_any_bytes_at_all_only_get_a_stranger_refused(content: bytes) -> None:
     def fed() -> None:
         steps = proof.answer(lambda _: None, TOKEN)

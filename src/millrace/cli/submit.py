@@ -8,9 +8,9 @@ import time
 
 from millrace.cli.arguments import add_json, parser, print_json
 from millrace.cli.remote import add_python, follow
-from millrace.cli.train import division_arguments, kept_arguments, parsed
+from millrace.cli.train import division_arguments, kept_arguments, parsed, way_said
 from millrace.errors import SettingError
-from millrace.replicas.settings import processes
+from millrace.replicas.settings import processes, with_servers
 from millrace.runtime.jobs import Jobs, open_jobs
 from millrace.train.plan import GPU
 from millrace.zoo.run import SPARES, configure
@@ -22,13 +22,14 @@ PyTorch and what else the task needs. The run goes on when this command has ende
 `millrace runs|logs|stop|resume … --cluster WHERE`. Takes all settings of `millrace train TASK`, --replicas among them.
 
 Runs share a cluster by what they reserve: --cpus and --gpus for the process that reads the data (and trains, without
-replicas), and one core for every process of the replicas. Who finds no room waits; who never would is refused."""
+replicas), and for every process of the replicas one core, with `--devices gpu` a GPU, too. Who finds no room waits; who
+never would is refused."""
 _EXAMPLES = """
 millrace submit digits --cluster http://10.0.0.5:8265 --set epochs=5
 millrace submit digits --cluster ray://10.0.0.5:10001 --replicas 4 --follow
 millrace submit chars --cluster local --cpus 4 --runs-dir /shared/runs"""
 _RUNS = "~/millrace-runs"
-_NOT_HERE = ("resume", "run_dir", "devices", "json", "quiet")
+_NOT_HERE = ("resume", "run_dir", "json", "quiet")
 _STARTS_WITHIN_S = 20.0
 _LOOK_S = 0.5
 _FOR_ROOM_S = 900
@@ -42,8 +43,10 @@ def main(arguments: list[str]) -> int:
     for name in _NOT_HERE:
         if getattr(training, name):
             options.error(f"--{name.replace('_', '-')} is not for submitted runs; see --help")
+    if training.devices not in (None, [GPU]) or (training.devices and training.replicas is None):
+        options.error("--devices of a submitted run is gpu, with --replicas: a GPU for each; see --help")
     configure(training.task, training.assignments)  # a wrong name is found here, not on the cluster
-    asked = _asked(given, training)
+    asked = asked_for(given, training)
     jobs = open_jobs(given.cluster)
     settings = [word for text in training.assignments for word in ("--set", text)]
     if training.chaos:
@@ -85,14 +88,18 @@ def _options() -> argparse.ArgumentParser:
     return options
 
 
-def _asked(given: argparse.Namespace, training: argparse.Namespace) -> Asked:
+def asked_for(given: argparse.Namespace, training: argparse.Namespace) -> Asked:
+    """What the cluster is to have room for. given: this command's arguments. training: those of `millrace train`.
+
+    Raises: SettingError for what no run can be.
+    """
     if not (given.cpus >= 0 and given.gpus >= 0):
         raise SettingError(f"--cpus {given.cpus:g} --gpus {given.gpus:g}: expected numbers of at least 0")
     if training.replicas is None:
         return Asked(given.cpus, given.gpus)
     spares = SPARES if training.spares is None else training.spares
-    on_gpus = training.devices == [GPU]
-    return Asked(given.cpus, given.gpus, processes(training.update, training.replicas, spares), on_gpus)
+    update = with_servers(way_said(training), training.parameter_servers, training.backup)
+    return Asked(given.cpus, given.gpus, processes(update, training.replicas, spares), training.devices == [GPU])
 
 
 def _see_it_start(jobs: Jobs, run: SubmittedRun) -> int:

@@ -157,7 +157,7 @@ def _division(given: argparse.Namespace) -> Division:
         partitions=given.partitions,
         wire=given.wire,
         replicas=given.replicas,
-        update=given.update if given.groups is None else Hybrid(given.groups),
+        update=way_said(given),
         parameter_servers=given.parameter_servers,
         backup=given.backup,
         cluster=None if several else given.cluster,
@@ -165,6 +165,12 @@ def _division(given: argparse.Namespace) -> Division:
         **({} if given.room_within is None else {"room_within_s": given.room_within}),
         **({} if given.spares is None else {"spares": given.spares}),
     )
+
+
+def way_said(given: argparse.Namespace) -> str | Hybrid:
+    """How replicas are to agree."""
+    way: str = given.update
+    return way if given.groups is None else Hybrid(given.groups)
 
 
 def kept_arguments(given: argparse.Namespace) -> list[str]:

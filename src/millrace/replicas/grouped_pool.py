@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 
 from millrace.replicas.pool import Pool
 from millrace.replicas.pool_events import Sizes
-from millrace.replicas.pool_state import FREE, ROLE, Member
+from millrace.replicas.pool_state import FREE, ROLE, Member, Work
 from millrace.replicas.protocol import Fields
 from millrace.replicas.shares import share_slices
 
@@ -67,6 +67,10 @@ class GroupedPool(Pool):
         self.groups: dict[str, Group] = {}
         self.named = 0  # how many groups there were
         self.generation = -1
+
+    def work_of(self, name: str) -> Work | None:
+        """See `Pool.work_of`."""
+        return super().work_of(self._group_of(name) or name)
 
     # -- events ---------------------------------------------------------------------------------------------------
 

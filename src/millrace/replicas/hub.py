@@ -295,12 +295,13 @@ class Hub:
     def _on_line(self, member: _Member) -> None:
         if member.line is None:
             return
+        before_bytes = member.line.moved_bytes
         if member.line.flush():
             self._heed(member, selectors.EVENT_READ)
         messages, more = member.line.read()
         for message in messages:
             self._events.put(Said(member.name, message))
-        if messages:
+        if member.line.moved_bytes != before_bytes:  # also in the middle of a long message
             member.watched = member.watched.said(time.monotonic())
         if not more:
             self._end(member, "")

@@ -14,7 +14,7 @@ from millrace.replicas.grouped_pool import GroupedPool
 from millrace.replicas.hub import Hub
 from millrace.replicas.members_session import MembersSettings
 from millrace.replicas.open_step import OpenStep
-from millrace.replicas.protocol import Resized
+from millrace.replicas.protocol import Fields, Resized
 from millrace.replicas.rendezvous import Rendezvous
 from millrace.replicas.server_session import ServerSession
 from millrace.replicas.server_worker import FEED
@@ -83,6 +83,13 @@ class HybridSession(ServerSession):
     def _worker_settings(self) -> dict[str, Any]:
         return {"store": asdict(self._rendezvous.address), "travel": asdict(self._travel)}
 
+    def _prepare(self, member: str, kind: str, fields: Fields) -> None:
+        if kind == "batch":
+            parts = self._open[fields["step"]].parts
+            for slice_ in fields["slices"]:
+                if slice_ < len(parts):
+                    self._load(member, parts[slice_][0])
+
     def _tell(self, member: str, kind: str, fields: dict[str, Any]) -> None:
         if kind == "form":
             fields |= self._meeting(fields.pop("members"))
@@ -96,8 +103,6 @@ class HybridSession(ServerSession):
             wanted.generation, wanted.results, wanted.given = fields["generation"], {}, self._kept.given()
         parts = {slice_: wanted.parts[slice_] for slice_ in fields["slices"] if slice_ < len(wanted.parts)}
         total = sum(size for _, _, size in wanted.parts)
-        for key, _, _ in parts.values():
-            self._load(member, key)
         self._began_s[member] = time.monotonic()
         fields |= {
             "lookups": [self._lookups(wanted, share) for share in fields.pop("shares")],

@@ -37,6 +37,7 @@ from millrace.replicas.protocol import (
     DriverCommand,
     Expect,
     Failed,
+    Fields,
     Joined,
     Lost,
     Said,
@@ -54,6 +55,7 @@ from millrace.runtime.remote_session import RemoteSession
 
 log = logging.getLogger(__name__)
 
+CONTROL_S = 120.0  # for taking a role, sending a copy all it is to have, reading and writing all variables
 _TURN_S = 1.0
 _MOST_FAILURES = 3  # in one step, of processes that others can replace; then the step is at fault
 _STORIES = 200  # kept for errors
@@ -231,6 +233,10 @@ class MembersSession(RemoteSession):
     def _decide(self, event: Joined | Lost | Said) -> None:
         """Carry out what the state machine says to an event."""
 
+    def _prepare(self, member: str, kind: str, fields: Fields) -> None:
+        """See to it that a member has the programs for what it is about to be told."""
+        return
+
     @abc.abstractmethod
     def _tell(self, member: str, kind: str, fields: dict[str, Any]) -> None:
         """Send a message with what belongs beside it."""
@@ -276,6 +282,11 @@ class MembersSession(RemoteSession):
     def _holders(self) -> int:
         """How many workers may end before variables are lost."""
         return _MOST_FAILURES
+
+    @property
+    @abc.abstractmethod
+    def _present_step(self) -> int:
+        """The first step of this session that is not done, from 1."""
 
     def _step_of(self, member: str) -> int | None:
         """The step of this session that a member works at, from 1."""
@@ -332,7 +343,7 @@ class MembersSession(RemoteSession):
         text = f"{who}{self._when(member)}: {message.fields['text']}"
         self.stories.append(text)
         kind: type[MillraceError] = getattr(errors, message.fields["type"], StepError)
-        step = self._step_of(member) or 0
+        step = self._step_of(member) or self._present_step
         # Its process ends, which is a loss like any other.
         if kind is WorkerError:  # of others, not of the user's code
             self._say(f"{text}\nIt is replaced.")
@@ -348,6 +359,10 @@ class MembersSession(RemoteSession):
         raise kind(text)
 
     def _carry_out(self, commands: Iterable[DriverCommand | PoolCommand]) -> None:
+        commands = list(commands)
+        for command in commands:  # whose program is new is known before anybody is told how long to wait for others
+            if isinstance(command, Tell):
+                self._prepare(command.member, command.kind, command.fields)
         for command in commands:
             match command:
                 case Tell(member, kind, fields):

@@ -62,6 +62,11 @@ class Pool(PoolShards):
         workers = len(self._of(FREE, WORK, FLUSH)) == self.sizes.workers
         return self._all_up() and self._copied() and workers and len(self._of(SPARE)) >= self.sizes.spares
 
+    def work_of(self, name: str) -> Work | None:
+        """The slice that a process computes, or that its group does."""
+        member = self.members.get(name)
+        return member.work if member else None
+
     def start(self) -> list[PoolCommand]:
         """What to do before the first event."""
         self._settle()

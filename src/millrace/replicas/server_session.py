@@ -21,7 +21,7 @@ from millrace.replicas import shard_events
 from millrace.replicas.divided import NEW
 from millrace.replicas.hub import Hub
 from millrace.replicas.kept import Kept
-from millrace.replicas.members_session import MembersSession, MembersSettings
+from millrace.replicas.members_session import CONTROL_S, MembersSession, MembersSettings
 from millrace.replicas.open_step import OpenStep
 from millrace.replicas.pool import Pool
 from millrace.replicas.pool_events import (
@@ -47,7 +47,6 @@ from millrace.runtime.messages import Message
 
 STALENESS = "staleness"
 
-_CONTROL_S = 120.0  # for taking a role, sending a copy all it is to have, reading and writing all variables
 _WHOLE = "a replica that is divided over devices is given all variables"
 _GRACE_S = 3.0  # a worker whose shard does not answer says so before it is itself taken for stuck
 
@@ -204,11 +203,12 @@ class ServerSession(MembersSession):
     def _read_members(self) -> Mapping[str, Tensor]:
         """All are of one moment: nothing is in flight when the servers are asked."""
         self._settle()
+        self._beside.clear()
         answer = self._answer_to(ReadWanted())
         assert isinstance(answer, AllRead)
         values: dict[str, Tensor] = {}
         for member in reversed(answer.members):  # of numbers that all servers have, the first one's count
-            beside = self._beside[member, "read"].tensors
+            beside = self._beside.pop((member, "read")).tensors
             values |= {name.removeprefix(VARIABLE): value for name, value in beside.items()}
         return values | {name: value.clone() for name, value in self._kept.values.items()}
 
@@ -297,9 +297,13 @@ class ServerSession(MembersSession):
             assert isinstance(command, AllRead | AllWritten)
             self._answers.append(command)
 
+    @property
+    def _present_step(self) -> int:
+        return min(self._open, default=self._step) + 1
+
     def _step_of(self, member: str) -> int | None:
-        known = self._pool.members.get(member)
-        return known.work[0] + 1 if known and known.work else None
+        work = self._pool.work_of(member)
+        return work[0] + 1 if work else None
 
     def _keep(self, member: str, message: Message) -> None:
         fields = message.fields
@@ -324,7 +328,7 @@ class ServerSession(MembersSession):
         if kind == "role" and fields["role"] == "shard":
             fields, tensors = self._shard_role(fields)
         elif kind == "role":
-            fields |= {**self._begin_worker(member), "timeout_s": _CONTROL_S / 4, "held": self._held}
+            fields |= {**self._begin_worker(member), "timeout_s": CONTROL_S / 4, "held": self._held}
             fields |= self._worker_settings()
             tensors = {VARIABLE + name: value for name, value in self._kept.values.items()}
         elif kind == "batch":
@@ -361,7 +365,7 @@ class ServerSession(MembersSession):
 
     def _within_s(self, doing: str) -> float:
         patience_s = self._patience_s
-        return max(patience_s, patience_s / 2 + _GRACE_S) if doing.startswith("step") else _CONTROL_S
+        return max(patience_s, patience_s / 2 + _GRACE_S) if doing.startswith("step") else CONTROL_S
 
 
 def _sizes(update: Sync | Async | Hybrid, replicas: int, spares: int) -> Sizes:

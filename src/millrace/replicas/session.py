@@ -20,7 +20,7 @@ from millrace.graph.save import graph_bytes
 from millrace.graph.signature import Variable
 from millrace.replicas.coordinator import Coordinator
 from millrace.replicas.hub import Hub
-from millrace.replicas.members_session import MembersSession, MembersSettings
+from millrace.replicas.members_session import CONTROL_S, MembersSession, MembersSettings
 from millrace.replicas.nccl_group import FORM_S
 from millrace.replicas.pool_events import PoolCommand
 from millrace.replicas.programs import Programs, as_tensor
@@ -28,6 +28,7 @@ from millrace.replicas.protocol import (
     NOTHING,
     DriverCommand,
     DriverEvent,
+    Fields,
     ReadWanted,
     Resized,
     StepDone,
@@ -145,7 +146,7 @@ class ReplicatedSession(MembersSession):
     def _read_members(self) -> Mapping[str, Tensor]:
         answer = self._answer_to(ReadWanted())
         assert isinstance(answer, VariablesRead)
-        values = self._beside[answer.member, "values"].tensors
+        values = self._beside.pop((answer.member, "values")).tensors
         return {name.removeprefix(VARIABLE): value for name, value in values.items()}
 
     def _write(self, values: Mapping[str, Tensor]) -> None:
@@ -178,6 +179,7 @@ class ReplicatedSession(MembersSession):
         began_s = time.monotonic()
         self._step += 1
         self._stale = True
+        self._beside.clear()
         answer = self._answer_to(StepWanted(self._step, tuple(weights)))
         assert isinstance(answer, StepDone)
         self._times.add(time.monotonic() - began_s)
@@ -250,12 +252,23 @@ class ReplicatedSession(MembersSession):
     def _holders(self) -> int:
         return self.replicas
 
+    @property
+    def _present_step(self) -> int:
+        return self._step
+
     def _step_of(self, member: str) -> int | None:
         return self._step
 
     def _within_s(self, doing: str) -> float:
         within_s = super()._within_s(doing)
+        if doing == "read":
+            return max(within_s, CONTROL_S)
         return max(within_s, FORM_S) if doing == "form" and self._on_gpus else within_s
+
+    def _prepare(self, member: str, kind: str, fields: Fields) -> None:
+        if kind == "step":
+            for number in fields["slices"]:
+                self._load(member, self._slices[number].key)
 
     def _tell(self, member: str, kind: str, fields: dict[str, Any]) -> None:
         tensors: dict[str, Tensor] = {}
@@ -277,8 +290,6 @@ class ReplicatedSession(MembersSession):
                 for place, feeds in enumerate(one.batches)
                 for name, feed in feeds.items()
             }
-            for key in dict.fromkeys(one.key for one in own.values()):
-                self._load(member, key)
         elif kind == "form":  # all of a group are told so at once
             fields |= self._meeting(self._given)
             fields["timeout_s"] = GROUP_WAITS * self._within_s(kind)

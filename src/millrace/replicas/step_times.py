@@ -30,7 +30,7 @@ class StepTimes:
     @property
     def first_s(self) -> float:
         """How long to wait for whoever runs a program for the first time."""
-        return _COMPILE_S if self._compile == "inductor" else _FIRST_STEP_S
+        return max(self._given_s or 0.0, _COMPILE_S if self._compile == "inductor" else _FIRST_STEP_S)
 
     @property
     def patience_s(self) -> float:

@@ -20,8 +20,8 @@ class Watched:
     """What is known of a member. Times are of one clock, in seconds.
 
     beat_s: its last beat. progress: what the beat counted. doing: what it said it was doing. waits: for other members.
-    moved_s: when it last said something, counted on, or was first expected to. within_s: how long it may take for
-    that, None for as long as it likes.
+    moved_s: when it last sent or took something, counted on, or was first expected to. within_s: how long it may take
+    for that, None for as long as it likes.
     """
 
     beat_s: float
@@ -37,7 +37,7 @@ class Watched:
         return replace(self, beat_s=now_s, progress=progress, doing=doing, waits=waits, moved_s=moved_s)
 
     def said(self, now_s: float) -> Watched:
-        """After a message, which is progress."""
+        """After a message or a part of one, which is progress."""
         return replace(self, moved_s=now_s)
 
     def expected(self, now_s: float, within_s: float | None) -> Watched:
@@ -57,5 +57,5 @@ class Watched:
         within_s = self.within_s * (WAITING_MAY if self.waits else 1.0)
         if now_s - self.moved_s > within_s:
             doing = f" while doing {self.doing}" if self.doing else ""
-            return f"stuck: no progress for {within_s:.3g} s{doing}"
+            return f"stuck: no progress for {within_s:.3g} s{doing} (patience_s allows more)"
         return None

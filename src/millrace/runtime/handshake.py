@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from millrace.errors import WorkerError
+from millrace.errors import SettingError, WorkerError
 from millrace.runtime.addresses import connected_to, described, listening_at, tune
 from millrace.runtime.proof import Fields, Steps, answer, ask
 
@@ -122,6 +122,10 @@ class Listener:
             return
         except (WorkerError, OSError) as error:
             self._refuse(connection, str(error))
+        except SettingError:  # ours, not the other's
+            raise
+        except Exception as error:  # whatever a stranger says ends no more than its own connection
+            self._refuse(connection, f"sent what cannot be read ({type(error).__name__}: {error})")
 
     def _refuse(self, connection: socket.socket, why: str) -> None:
         self._forget(connection)

@@ -70,7 +70,7 @@ class RayLauncher:
             "ray://HOST:PORT" joins one. Where this process has joined one already, that one is used.
         module, arguments, threads: as of `ProcessLauncher`.
         directory: where a local Ray keeps its files, if the path is short enough for sockets.
-        cpus, gpus: what Ray is to reserve for each process.
+        cpus, gpus: what Ray is to reserve for each process; a local one no GPUs.
         local_cpus: how many cores a local Ray is told it has; by default those of this machine.
         schedule_within_s: how long a cluster may take to find room for a process.
         processes: so many are reserved at once, before any of them is started, so that two runs do not each hold half
@@ -108,9 +108,13 @@ class RayLauncher:
             Config.initialize("")  # RAY_AUTH_MODE may have been set after Ray was imported
         if ray.is_initialized():
             self._leave: Callable[[], None] = lambda: None
+            joined = ray.get_runtime_context().gcs_address
+            if joined != address:
+                say(f"this process has joined a Ray already, at {joined}: that one is used, not {address!r}")
             self.where = f"tcp:{ray.util.get_node_ip_address()}:0"
         elif address == "local":
             self._local = {"CPU": float(local_cpus or os.cpu_count() or 1)}
+            self._asked["GPU"] = 0.0  # it is this run's alone, whose processes share the GPUs among themselves
             self._leave = _start(directory, self._local["CPU"])
             # Paths of this machine mean nothing to others, which have millrace installed.
             self._environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(p) for p in sys.path if p)
@@ -119,15 +123,15 @@ class RayLauncher:
             self._leave = _join(address)
         self._actors = ray.remote(keeper.Keeper)
         self._options: dict[str, Any] = {
-            "num_cpus": cpus,
-            "num_gpus": gpus,
+            "num_cpus": self._asked["CPU"],
+            "num_gpus": self._asked["GPU"],
             "max_restarts": 0,  # whoever is lost is replaced by a spare, which is quicker
             "max_task_retries": 0,
             "max_concurrency": 3,  # to wait for the end, to say who it is, to kill
         }
         self._reserved = 0
         self._room: Any = None
-        if processes and not self._local and cpus + gpus:
+        if processes and not self._local and any(self._asked.values()):
             try:
                 self._reserve(processes, say)
             except BaseException:

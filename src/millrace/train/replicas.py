@@ -5,6 +5,7 @@ staleness.json     of a run over parameter servers: how many updates had each st
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import time
@@ -38,6 +39,7 @@ from millrace.train.run_state import Outcome
 
 STALENESS = "staleness.json"
 _MORE = 4
+_LOCAL_CPUS = 1 / 64  # a Ray of the run's own takes as many processes as `resize` asks for
 _GPU_FREE_S = 5.0
 
 
@@ -60,12 +62,15 @@ class ReplicaRun(Callback):
         self._say(f"starting {processes(update, self._plan.replicas or 1, self._plan.spares)} processes")
         directory = ScratchDirectory()
         path = Path(directory.name)
-        launcher = self._launcher(path)
         # A GPU is free again, for whoever takes the place of a lost worker, once that has ended.
         exit_within_s = _GPU_FREE_S if self._plan.on_gpus else EXIT_WITHIN_S
-        hub = Hub(launcher, new_token(), path, self._say, exit_within_s=exit_within_s)
         session: ReplicatedSession | ServerSession
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(directory.cleanup)
+            launcher = undo.enter_context(contextlib.closing(self._launcher(path)))
+            hub = undo.enter_context(
+                contextlib.closing(Hub(launcher, new_token(), path, self._say, exit_within_s=exit_within_s))
+            )
             session = self._of(update, graph, hub, launcher.where, directory)
             if isinstance(session, ServerSession):
                 self._servers = session
@@ -74,11 +79,8 @@ class ReplicaRun(Callback):
                     target=_chaos, args=(session, self._plan.chaos_s, self._plan.seed), daemon=True
                 )
                 chaos.start()
-            return session
-        except BaseException:
-            hub.close()
-            directory.cleanup()
-            raise
+            undo.pop_all()  # the session closes all three
+        return session
 
     def completed(self, result: Result) -> Result:
         """The result of the run, with what is known of its updates."""
@@ -170,7 +172,8 @@ class ReplicaRun(Callback):
             [*prepared, "--imports", *plan.imports],
             threads,
             directory,
-            gpus=1.0 if plan.on_gpus and plan.cluster != "local" else 0.0,  # a local Ray is this run's alone
+            cpus=_LOCAL_CPUS if plan.cluster == "local" else 1.0,
+            gpus=1.0 if plan.on_gpus else 0.0,
             local_cpus=count + _MORE,
             processes=count,
             schedule_within_s=plan.room_within_s,
