@@ -29,7 +29,7 @@ def connected(address: str, worker: str, timeout_s: float = 10.0) -> ShardClient
 
 def attach_copy(shard: ShardServer, address: str, wait_s: float = 20.0) -> None:
     """Let a shard have its copy at an address."""
-    shard.attach_copy(handshake.dial(address, TOKEN, {"shard": "shard"}, 10.0), wait_s)
+    shard.attach_copy(handshake.dial(address, TOKEN, {"shard": "shard"}, 10.0), "copy", wait_s)
 
 
 def adding(variables: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> Graph:

@@ -249,6 +249,11 @@ class SmallPool:
                 return self._say(world, place, process, "ready", {})
             case "copy":
                 return self._attach(world, place, process, told.fields["member"])
+            case "copy_lost":
+                if process.follower != told.fields["member"]:
+                    return self._put(world, place, process)
+                fields = {"member": process.follower, "why": "it is lost"}
+                return self._say(world, place, process._replace(follower=""), "uncopied", fields)
             case "promote":
                 if process.content is None:
                     raise Violation(f"{process.name} is to be a shard, and has nothing")

@@ -196,6 +196,7 @@ def test_a_wire_divides_its_rate_equally_and_no_transfer_exceeds_a_card() -> Non
     assert wire.next_s == math.inf
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 10), st.floats(0.1, 50)), min_size=1, max_size=12))
 def test_a_wire_ends_transfers_where_small_time_steps_would(asked: list[tuple[float, float]]) -> None:
     asked = sorted(asked)

@@ -214,7 +214,7 @@ class GroupedPool(Pool):
         if not (group := self._group_of(name)):
             return super()._owed(name)
         owed, work = self.groups[group].owes.get(name, ""), self.members[group].work
-        if not owed or not self._all_up():
+        if not owed or not self._all_up() or self._waits(group):
             return ""
         return ROLE if owed == READY else f"step {work[0] if work else '-'}, {owed}"
 

@@ -152,8 +152,7 @@ class Hub:
         def start() -> None:
             try:
                 for name in names:
-                    self._launcher.start(name, environment(self.address, self._token, self._directory))
-                    self._members[name] = _Member(name, time.monotonic())
+                    self._start(name)
                 done.set_result(None)
             except Exception as error:
                 done.set_exception(error)
@@ -227,6 +226,15 @@ class Hub:
             self._wake.send(b"!")
 
     # All below runs in the thread.
+
+    def _start(self, name: str) -> None:
+        member = _Member(name, time.monotonic())
+        try:
+            self._launcher.start(name, environment(self.address, self._token, self._directory))
+        except OSError as error:  # the machine is short of something, and may not be for long
+            member.lost = True
+            self._events.put(Lost(name, f"it could not be started: {error}"))
+        self._members[name] = member
 
     def _serve(self) -> None:
         try:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import queue
 import socket
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from millrace.errors import WorkerError
 from millrace.replicas.suspicion import BEAT_S
-from millrace.runtime.messages import LONGEST_WAIT_S, Message, receive, send
+from millrace.runtime.messages import LONGEST_WAIT_S, Message, receive, send, until_readable
 
 LOOPBACK = "127.0.0.1"
 _DRIVER = "the driver"
@@ -76,6 +78,7 @@ class Line:
 
     def _listen(self) -> None:
         while True:
+            until_readable(self._connection)
             message = receive(self._connection, LONGEST_WAIT_S, _DRIVER)
             if message.kind == "abandon":
                 self._abandoned = max(self._abandoned, message.fields["generation"])
@@ -94,3 +97,7 @@ def _or_end(work: Callable[[], None]) -> None:
         work()
     except WorkerError:
         os._exit(0)  # the driver has ended; whatever the role computes is for nobody
+    except BaseException:  # such as no memory for a message: who is deaf must not seem well
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)

@@ -359,7 +359,13 @@ class MembersSession(RemoteSession):
         raise kind(text)
 
     def _carry_out(self, commands: Iterable[DriverCommand | PoolCommand]) -> None:
-        commands = list(commands)
+        try:
+            self._do(list(commands))
+        except BaseException as error:  # the state machine takes the rest for done, too
+            self._failure = self._failure or f"{type(error).__name__}: {error}"
+            raise
+
+    def _do(self, commands: Sequence[DriverCommand | PoolCommand]) -> None:
         for command in commands:  # whose program is new is known before anybody is told how long to wait for others
             if isinstance(command, Tell):
                 self._prepare(command.member, command.kind, command.fields)

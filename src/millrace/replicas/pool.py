@@ -153,7 +153,7 @@ class Pool(PoolShards):
         elif kind == "shard_lost" and member.doing in WORKERS:
             place = self.places[fields["shard"]]
             if place.state == UP and place.address == fields["address"]:
-                self._kill(place.holder, f"{name} has no connection with it: {fields['why']}")
+                self._shard_silent(name, fields["shard"], fields["why"])
         else:
             raise WorkerError(
                 f"{name} says {kind!r} ({dict(fields)}), and the driver takes it for {member.doing!r}. They disagree "
@@ -246,7 +246,7 @@ class Pool(PoolShards):
         member = self.members[name]
         if member.doing in WORKERS:
             owed = f"step {member.work[0]}, slice {member.work[1]}" if member.work else member.doing
-            return owed if self._all_up() and member.doing != FREE else ""
+            return owed if self._all_up() and member.doing != FREE and not self._waits(name) else ""
         return self._owed_of_shard(name)
 
     # -- small things ---------------------------------------------------------------------------------------------

@@ -43,10 +43,16 @@ class PoolShards(PoolMembers):
     def _copied(self) -> bool:
         return all(place.copy_state == FOLLOWING for place in self.places) or not self.sizes.copies
 
+    def _waits(self, worker: str) -> bool:
+        """Whether it can do nothing before a shard has sent all it has to a copy."""
+        return any(worker in place.waiting for place in self.places)
+
     def _lost_of_shard(self, shard: int, name: str, why: str) -> None:
         place = self.places[shard]
         if place.copy == name:
-            self.places[shard] = replace(place, copy="", copy_state=EMPTY)
+            self._no_longer_sending(shard, replace(place, copy="", copy_state=EMPTY))
+            if place.state == UP and place.copy_state in (SENDING, FOLLOWING):
+                self._tell(place.holder, "copy_lost", {"member": name})  # it may be sending to a machine that is gone
         if place.holder != name:
             return
         if place.copy_state == FOLLOWING:
@@ -65,6 +71,23 @@ class PoolShards(PoolMembers):
                 self._kill(place.copy, "it is the copy of nothing")
             self.places[shard] = Place()
 
+    def _shard_silent(self, worker: str, shard: int, why: str) -> None:
+        """A worker has no answer from a shard that is up: it is killed, unless it has something to do first that its
+        variables depend on."""
+        place = self.places[shard]
+        if place.copy_state == SENDING:
+            self._story(f"{worker} has no answer from shard {shard}, which is sending all it has to {place.copy}")
+            self.places[shard] = replace(place, waiting=(*place.waiting, worker))
+        else:
+            self._kill(place.holder, f"{worker} has no connection with it: {why}")
+
+    def _no_longer_sending(self, shard: int, place: Place) -> None:
+        """What a place is from now on; who has waited for an answer may ask again."""
+        self.places[shard] = replace(place, waiting=())
+        for name in place.waiting:
+            if name in self.members and place.state == UP:
+                self._tell(name, "moved", {"shard": shard, "address": place.address})
+
     def _shard_said(self, name: str, kind: str, fields: Fields) -> None:
         shard = next(number for number, place in enumerate(self.places) if name in (place.holder, place.copy))
         place = self.places[shard]
@@ -78,12 +101,12 @@ class PoolShards(PoolMembers):
                 self.places[shard] = replace(place, copy_state=READY, copy_address=fields["address"])
             case "copied":
                 if place.copy == fields["member"]:
-                    self.places[shard] = replace(place, copy_state=FOLLOWING)
+                    self._no_longer_sending(shard, replace(place, copy_state=FOLLOWING))
                     self._story(f"{place.copy} follows shard {shard}")
             case "uncopied":
                 if place.copy == fields["member"]:
                     self._kill(place.copy, f"it does not follow shard {shard} any more: {fields['why']}")
-                    self.places[shard] = replace(place, copy="", copy_state=EMPTY)
+                    self._no_longer_sending(shard, replace(place, copy="", copy_state=EMPTY))
             case "configured":
                 self.places[shard] = replace(place, owes=place.owes - {kind})
             case "read" | "written":

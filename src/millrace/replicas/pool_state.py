@@ -39,7 +39,8 @@ class Member:
 class Place:
     """A shard: who holds it, who its copy.
 
-    needed: what it was last configured with. owes: what it was told and has not answered.
+    needed: what it was last configured with. owes: what it was told and has not answered. waiting: workers that have no
+    answer from it while it sends its copy all it is to have.
     """
 
     state: str = EMPTY
@@ -50,6 +51,7 @@ class Place:
     copy_address: str = ""
     needed: int = 0
     owes: frozenset[str] = frozenset()
+    waiting: tuple[str, ...] = ()
 
     def owed_by(self, name: str) -> str:
         """What its holder, or the process of its copy, is to do; "" for nothing."""

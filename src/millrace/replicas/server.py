@@ -58,6 +58,8 @@ class ShardServer:
         self._patience_s = patience_s
         self._lock = threading.Lock()
         self._links: set[Link] = set()
+        self._copies: dict[str, Link] = {}  # of the links, those with a copy, by whose
+        self._attaching = threading.Lock()
         self._copy_out: CopyOut | None = None
         self._copy_in: CopyIn | None = None
         self._closed = False
@@ -99,26 +101,39 @@ class ShardServer:
         self.shard.tell(Configured(policy, workers))
 
     def attach_copy(
-        self, connection: socket.socket, wait_s: float = 60.0, on_lost: Callable[[str], None] = lambda _: None
+        self,
+        connection: socket.socket,
+        member: str = "",
+        wait_s: float = 60.0,
+        on_lost: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Make the process at the other end the holder of the copy. Returns when it has everything.
+        """Make the process at the other end the holder of the copy. Returns when it has everything. One at a time.
 
-        Args: connection: dialed with the hello {"shard": …}. on_lost: is told why it does not follow any more, before
-            anything is acknowledged without it.
+        Args: connection: dialed with the hello {"shard": …}. member: names it, for `leave_copy`. on_lost: is told why
+            it does not follow any more, before anything is acknowledged without it.
 
         Raises: WorkerError when it does not say so in time.
         """
-        if self._copy_out is not None:
-            self._copy_out.close()
-        link = Link(connection, f"the process with the copy of {self.shard.store.who}")
+        with self._attaching:
+            if self._copy_out is not None:
+                self._copy_out.close()
+            link = Link(connection, f"the process with the copy of {self.shard.store.who}")
+            with self._lock:
+                self._links.add(link)
+                self._copies[member] = link
+            self._copy_out = copy = CopyOut(self.shard, link, self._patience_s, on_lost)
+            copy.start()
+            copy.decided.wait(wait_s)
+            if not copy.ready.is_set():
+                copy.close()
+                raise WorkerError(f"{link.who} did not say within {wait_s:.3g} s that it has everything.")
+
+    def leave_copy(self, member: str) -> None:
+        """Send no more to a copy that is known to be lost, also where that is under way."""
         with self._lock:
-            self._links.add(link)
-        self._copy_out = copy = CopyOut(self.shard, link, self._patience_s, on_lost)
-        copy.start()
-        copy.decided.wait(wait_s)
-        if not copy.ready.is_set():
-            copy.close()
-            raise WorkerError(f"{link.who} did not say within {wait_s:.3g} s that it has everything.")
+            link = self._copies.pop(member, None)
+        if link is not None:
+            link.end()
 
     def promote(self) -> None:
         """Become the shard whose copy this is. Raises: WorkerError when this is no copy, or no whole one."""
@@ -219,7 +234,8 @@ class _WorkerConnection:
             found = [self._copied(name) for name in fields["inline"] or ()]
             found += [self._store.tensor(table)[rows] for table, rows in message.tensors.items()]
         self._say("fetched", {"version": version})
-        self._link.send_tensors(found, fields["timeout_s"])
+        with self._link.in_bulk():
+            self._link.send_tensors(found, fields["timeout_s"])
 
     def _copied(self, name: str) -> Tensor:
         """A copy of a variable, in memory that is used again."""
@@ -234,7 +250,8 @@ class _WorkerConnection:
             region = self._region(push.slice)
             gradients = region.tensors
             if not self._link.shared:
-                self._link.receive_tensors(gradients.values(), push.timeout_s)
+                with self._link.in_bulk():
+                    self._link.receive_tensors(gradients.values(), push.timeout_s)
         for table, given in push.rows.items():
             check_rows(table, self._tables[table], given.rows)
         who = self._link.who

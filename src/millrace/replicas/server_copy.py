@@ -7,8 +7,10 @@ and reads it there, before the worker is told that it is free again.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -59,7 +61,8 @@ class CopyOut:
         self._link = link
         self._patience_s = patience_s
         self._on_lost = on_lost
-        self._given: list[TensorRegion] = []  # regions that the copy has too; the place in the list is their number
+        self._given: dict[int, weakref.ref[TensorRegion]] = {}  # regions that the copy has too, by number
+        self._numbers = itertools.count()
         self._acked = -1  # how much of the log it says it has
         self.ready = threading.Event()  # the copy has everything
         self.decided = threading.Event()  # it is ready, or was lost before
@@ -141,13 +144,16 @@ class CopyOut:
 
     def _number(self, region: TensorRegion) -> int:
         """The number by which the copy knows a region; it is given those that it does not know."""
-        for number, known in enumerate(self._given):
-            if known is region:
+        for number, known in list(self._given.items()):
+            if known() is region:
                 return number
-        number = len(self._given)
+            if known() is None:  # its worker has gone, and nothing that it pushed is still to be applied
+                del self._given[number]
+                self._link.send("mailbox_gone", self._patience_s, {"number": number})
+        number = next(self._numbers)
         self._link.send("mailbox", self._patience_s, {"number": number})
         self._link.send_region(region.descriptor, self._patience_s)
-        self._given.append(region)
+        self._given[number] = weakref.ref(region)
         return number
 
 
@@ -201,6 +207,8 @@ class CopyIn:
                 places, _ = layout(self._shard.store.gradients)
                 check_region(descriptor, places, self._link.who)
                 self._mailboxes[fields["number"]] = TensorRegion(descriptor, places)
+            case "mailbox_gone":
+                del self._mailboxes[fields["number"]]
             case "staged":
                 self._shard.stage(fields["key"], self._lying(message))
             case "forward":

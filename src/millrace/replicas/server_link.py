@@ -10,7 +10,7 @@ import contextlib
 import socket
 import struct
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from millrace.runtime.messages import (
     receive_bytes,
     send,
     send_bytes,
+    until_readable,
 )
 
 _LENGTH = struct.Struct("<I")
@@ -47,7 +48,10 @@ class Link:
         send(self.connection, Message(kind, fields or {}, tensors), timeout_s, self.who)
 
     def receive(self, timeout_s: float = LONGEST_WAIT_S) -> Message:
-        """Raises: WorkerError when the other side has ended, or says nothing for so long."""
+        """timeout_s: until it is whole, or by default from when it begins.
+
+        Raises: WorkerError when the other side has ended, or says nothing for so long.
+        """
         found = self.receive_any(timeout_s)
         if isinstance(found, Message):
             return found
@@ -60,6 +64,9 @@ class Link:
 
     def receive_any(self, timeout_s: float = LONGEST_WAIT_S) -> Message | bytearray:
         """A message, or the bytes of `send_frame`. Raises: as `receive`."""
+        if timeout_s == LONGEST_WAIT_S:
+            with contextlib.suppress(ValueError):  # it was closed here, as reading it will show
+                until_readable(self.connection)
         deadline_s = time.monotonic() + timeout_s
         head = bytearray(_LENGTH.size)
         receive_bytes(self.connection, memoryview(head), timeout_s, self.who)
@@ -110,8 +117,7 @@ class Link:
                 send_bytes(self.connection, bytes_of(tensor.contiguous()), timeout_s, self.who)
 
     def receive_tensors(self, tensors: Iterable[Tensor], timeout_s: float) -> None:
-        """Fill tensors with bytes of `send_tensors`. Raises: as `receive`."""
-        deadline_s = time.monotonic() + timeout_s
+        """Fill tensors with bytes of `send_tensors`. timeout_s: for each, as there. Raises: as `receive`."""
         for tensor in tensors:
             if not tensor.nbytes:
                 continue
@@ -120,9 +126,18 @@ class Link:
                 if tensor.is_contiguous() and tensor.device.type == "cpu"
                 else torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
             )
-            receive_bytes(self.connection, bytes_of(target), deadline_s - time.monotonic(), self.who)
+            receive_bytes(self.connection, bytes_of(target), timeout_s, self.who)
             if target is not tensor:
                 tensor.copy_(target)
+
+    @contextlib.contextmanager
+    def in_bulk(self) -> Iterator[None]:
+        """Inside, bytes without a head travel: when something fails in their middle, the connection ends."""
+        try:
+            yield
+        except WorkerError:
+            self.end()
+            raise
 
     def end_reading(self) -> None:
         """What has arrived can still be read; after it the other side counts as ended."""

@@ -65,6 +65,7 @@ class _ShardRole:
         self._line.say(Message("ready", {"address": self._address}))
         does: dict[str, Callable[[Message], None]] = {
             "copy": self._copy,
+            "copy_lost": self._copy_lost,
             "promote": self._promote,
             "configure": self._configure,
             "read": self._read,
@@ -93,12 +94,15 @@ class _ShardRole:
 
         try:
             connection = dial(fields["address"], self._line.token, {"shard": self._line.name}, _DIAL_S)
-            self._server.attach_copy(connection, _COPY_S, lost)
+            self._server.attach_copy(connection, member, _COPY_S, lost)
         except MillraceError as error:
             traceback.print_exc(file=sys.stderr)
             lost(str(error))
         else:
             self._line.say(Message("copied", {"member": member}))
+
+    def _copy_lost(self, message: Message) -> None:
+        self._server.leave_copy(message.fields["member"])
 
     def _promote(self, message: Message) -> None:
         self._server.promote()

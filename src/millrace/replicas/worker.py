@@ -6,7 +6,7 @@ What to do next is decided by `worker_state`; here it is done.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,8 @@ from millrace.replicas.replica import Replica, Slice
 from millrace.replicas.settings import LocalSteps, Travel
 from millrace.replicas.worker_state import WorkerState
 from millrace.runtime.messages import LONGEST_WAIT_S, Message
+
+_PART_BYTES = 64 * 2**20  # of the variables are given to others at a time
 
 GRAPH, VARIABLE, UPDATE = "graph", "variable/", "update"  # begin the names of tensors beside messages
 
@@ -136,11 +138,13 @@ class _Worker:
                 self._group = form_group(self._line, store, form, self._travel, self._gpu)
             case Broadcast(_, source, behind, _):
                 assert self._group is not None
-                own = self._replica.variables
-                self._staged = {n: torch.empty_like(t) for n, t in own.items()} if self._group.rank in behind else {}
-                self._line.progress("taking all variables" if self._staged else "giving all variables", waits=True)
-                taken = self._staged or own
-                self._group.broadcast([taken[name] for name in sorted(taken)], source)
+                own, rank = self._replica.variables, self._group.rank
+                self._staged = {n: torch.empty_like(t) for n, t in own.items()} if rank in behind else {}
+                for part in _in_parts(own):
+                    self._line.progress("taking all variables" if self._staged else "giving all variables", waits=True)
+                    # Who needs none of it takes it all the same, elsewhere: what is its own must not be written to.
+                    given = self._staged or (own if rank == source else {n: torch.empty_like(own[n]) for n in part})
+                    self._group.broadcast([given[name] for name in part], source)
             case Adopt(generation, step):
                 for name, value in self._staged.items():
                     self._replica.variables[name].copy_(value)
@@ -218,3 +222,16 @@ class _Worker:
 def _has_results(kind: str, fields: Fields) -> bool:
     """Whether the results of a step travel beside a message. One that was abandoned may be done without this worker."""
     return kind == "done" or (kind == "abandoned" and fields["computed"] is not None)
+
+
+def _in_parts(variables: Mapping[str, Tensor]) -> list[list[str]]:
+    """All names, sorted, in parts of about `_PART_BYTES`."""
+    parts: list[list[str]] = [[]]
+    part_bytes = 0
+    for name in sorted(variables):
+        if part_bytes > _PART_BYTES:
+            parts.append([])
+            part_bytes = 0
+        parts[-1].append(name)
+        part_bytes += variables[name].nbytes
+    return parts

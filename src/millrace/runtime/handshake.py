@@ -106,9 +106,14 @@ class Listener:
         self._selector.register(connection, selectors.EVENT_READ)
 
     def _read(self, connection: socket.socket) -> None:
+        if connection not in self._pending:  # it had to go for one who came in the same moment
+            return
         steps, read, needed, deadline_s = self._pending[connection]
         try:
-            content = connection.recv(needed - len(read))
+            try:
+                content = connection.recv(needed - len(read))
+            except BlockingIOError:
+                return
             if not content:
                 raise WorkerError("ended in the middle of the handshake")
             read += content
@@ -118,8 +123,6 @@ class Listener:
         except StopIteration as end:
             self._forget(connection)
             self._proven.append((connection, end.value))
-        except BlockingIOError:
-            return
         except (WorkerError, OSError) as error:
             self._refuse(connection, str(error))
         except SettingError:  # ours, not the other's

@@ -80,6 +80,15 @@ def readable(connections: Iterable[socket.socket], within_s: float) -> list[sock
     return [by_number[number] for number, _ in polled.poll(1e3 * within_s)]
 
 
+def until_readable(connection: socket.socket) -> None:
+    """Wait for something to read, however long nothing is said; the end of the connection is something.
+
+    Raises: ValueError when it was closed here.
+    """
+    while not readable([connection], LONGEST_WAIT_S):
+        pass
+
+
 def send(connection: socket.socket, message: Message, timeout_s: float, who: str) -> None:
     """Write one message.
 
