@@ -347,3 +347,24 @@ def test_a_driver_that_slept_blames_nobody_and_when_it_is_killed_its_members_end
         took_s = until(lambda: all(gone(pid) for pid in pids), 1.0)
         print(f"members gone {1000 * took_s:.0f} ms after their driver")
     assert lines == []
+
+
+def test_who_cannot_be_started_is_lost_and_the_others_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine may be short of something for a moment."""
+    start = ProcessLauncher.start
+
+    def fails_once(launcher: ProcessLauncher, name: str, environment: dict[str, str]) -> None:
+        if name == "m0":
+            raise BlockingIOError("Resource temporarily unavailable")
+        start(launcher, name, environment)
+
+    monkeypatch.setattr(ProcessLauncher, "start", fails_once)
+    launcher = ProcessLauncher(MEMBER, [], 1, tmp_path)
+    with contextlib.closing(Hub(launcher, TOKEN, tmp_path, print, start_within_s=START_S)) as hub:
+        assert hub.start(2) == ["m0", "m1"]
+        events = [hub.next(START_S), hub.next(START_S)]
+        assert events[0] == Lost("m0", "it could not be started: Resource temporarily unavailable")
+        assert isinstance(events[1], Joined)
+        assert hub.members == ("m1",)

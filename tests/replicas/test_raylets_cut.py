@@ -165,7 +165,7 @@ def cut_and_mend(driver: Driver, switch: Switch, far: Host, back_soon: bool) -> 
     """Cut a complete run in two, and make it whole again. Returns: seconds."""
     there: dict[str, str] = {told["joined"]: told["host"] for told in driver.told if "joined" in told}
     gone = {told["lost"] for told in driver.told if "lost" in told}
-    cut_off = {member for member, host in there.items() if host == far.name} - gone
+    cut_off = {member for member, host in there.items() if host.partition(" ")[0] == far.name} - gone
     last = driver.until(lambda told: "step" in told, 5.0)
     assert cut_off & set(last["workers"])
     assert not cut_off & set(last["servers"])

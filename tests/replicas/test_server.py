@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from tests.replicas.counting import address_in, attach_copy, connected, counting_server, served
+from tests.replicas.counting import TOKEN, address_in, attach_copy, connected, counting_server, served
 from torch import Tensor, nn
 
 from millrace.errors import FeedError, FetchError, WorkerError
@@ -18,11 +20,13 @@ from millrace.graph.passes.halves import halves
 from millrace.graph.passes.row_update import row_update
 from millrace.graph.signature import Role
 from millrace.graph.training import training_graph
+from millrace.replicas.push_frame import Push, encode
 from millrace.replicas.server import ShardServer
 from millrace.replicas.server_client import Receipt, ShardClient
 from millrace.replicas.shard_clients import ShardClients
 from millrace.replicas.shard_events import Async, Sync
 from millrace.replicas.shard_store import Rows, ShardStore, Staged
+from millrace.runtime import handshake
 
 KINDS = ("unix", "tcp")
 both = pytest.mark.parametrize("kind", KINDS)
@@ -240,6 +244,58 @@ def test_a_copy_of_other_variables_is_refused(tmp_path: Path) -> None:
         with pytest.raises(WorkerError, match="before its copy had everything"):
             copy.promote()
         shard.close()
+
+
+def test_a_copy_that_is_known_to_be_lost_holds_nobody_up(tmp_path: Path) -> None:
+    """Its machine is gone: what is being sent to it is taken by nobody, and nothing says so."""
+    size = 8_000_000
+    shard = counting_server("shard 0", {"a": size})
+    with (
+        served(shard, address_in(tmp_path, "unix")) as address,
+        contextlib.closing(handshake.listen("tcp:127.0.0.1:0")) as gone,
+        ThreadPoolExecutor(2) as pool,
+        connected(address, "w0") as client,
+    ):
+        accepted = pool.submit(gone.accept, TOKEN, 10.0)
+        attaching = pool.submit(attach_copy, shard, gone.address)
+        with accepted.result()[0]:
+            time.sleep(0.3)  # it sends by now, under the lock
+            assert not attaching.done()
+            began_s = time.monotonic()
+            shard.leave_copy("copy")
+            assert client.push({"a": torch.ones(size)}, 1, 0, 0).version == 1
+            assert time.monotonic() - began_s < 3.0  # it would have been patient for 5 s
+            with pytest.raises(WorkerError, match="did not say within"):
+                attaching.result()
+
+
+def test_a_push_that_stops_in_its_middle_ends_the_connection(tmp_path: Path) -> None:
+    shard = counting_server("shard 0", {"a": 1000})
+    with served(shard, address_in(tmp_path, "tcp")) as address, connected(address, "w1") as other:
+        with connected(address, "w0", timeout_s=0.3) as slow:
+            link = slow._live
+            link.send_frame(encode(Push(1, 0, 0, 0, 1, 0.3, True, {}), []), 1.0)
+            link.send_tensors([torch.ones(10)], 1.0)
+            with pytest.raises(WorkerError):
+                link.receive_any(5.0)
+        assert other.push({"a": torch.ones(1000)}, 1, 0, 0).version == 1
+
+
+def test_a_copy_gives_the_memory_of_lost_workers_back(tmp_path: Path) -> None:
+    shard, copy = counting_server("shard 0", {"a": 5}), counting_server("copy", {"a": 5}, is_copy=True)
+    with (
+        served(shard, address_in(tmp_path, "unix")) as address,
+        served(copy, address_in(tmp_path, "unix", "copy")) as copy_address,
+    ):
+        attach_copy(shard, copy_address)
+        for number in range(4):
+            with connected(address, f"w{number}") as client:
+                client.push({"a": torch.ones(5)}, 1, number, number)
+            while len(shard._links) > 1:  # until its connection has ended
+                time.sleep(0.01)
+        assert copy._copy_in is not None
+        assert len(copy._copy_in._mailboxes) <= 2
+        assert copy.read()["a"].tolist() == [4.0] * 5
 
 
 def test_many_shards_at_once(tmp_path: Path) -> None:

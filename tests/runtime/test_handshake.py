@@ -203,6 +203,18 @@ def test_many_silent_strangers_do_not_keep_ours_out(tmp_path: Path) -> None:
         assert len(refused) >= 36
 
 
+def test_who_has_to_go_for_another_in_the_moment_it_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handshake, "_PENDING", 1)
+    with listening(WHERE[0], tmp_path) as (listener, refused), contextlib.ExitStack() as stay:
+        first = stay.enter_context(raw(listener.address))
+        assert not listener.ready(TOKEN)
+        stay.enter_context(raw(listener.address))
+        first.sendall(b"something")
+        time.sleep(0.05)  # both are there
+        assert not listener.ready(TOKEN)
+        assert len(refused) == 1
+
+
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None)),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),

@@ -7,10 +7,12 @@ import os
 import resource
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from millrace.runtime.messages import readable
+from millrace.runtime import messages
+from millrace.runtime.messages import readable, until_readable
 
 
 @pytest.fixture
@@ -40,3 +42,14 @@ def test_connections_of_a_process_with_many_files_are_waited_for(many_files: Non
         assert readable(ours, 1.0) == ours[1:]
     with pytest.raises(ValueError, match="negative"):
         readable(ours, 1.0)
+
+
+def test_who_has_nothing_to_say_for_long_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "LONGEST_WAIT_S", 0.02)
+    ours, theirs = socket.socketpair()
+    with ours, theirs, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(until_readable, ours)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.2)
+        theirs.sendall(b"!")
+        waiting.result(5.0)

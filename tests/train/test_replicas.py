@@ -211,6 +211,15 @@ def test_a_callback_has_more_and_fewer_replicas_train_and_no_example_is_seen_twi
             torch.testing.assert_close(weights[name], value, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.long
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+def test_a_local_ray_has_room_for_as_many_as_are_wanted_later() -> None:
+    pytest.importorskip("ray")
+    seen, _, steps = seen_while_resized([7, 1], replicas=1, spares=0, cluster="local")
+    assert len(seen) == steps
+
+
 def test_what_cannot_be_resized_says_so() -> None:
     with pytest.raises(SettingError, match=r"resize\(3\) is for a run over replicas: start it with replicas=2, say"):
         seen_while_resized([3])

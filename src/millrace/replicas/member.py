@@ -9,6 +9,7 @@ by. With --gpus it says which GPUs it may use.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import socket
@@ -87,9 +88,16 @@ def _take(line: Line, message: Message) -> None:
     ROLES[name](line, message)
 
 
+def _host() -> str:
+    """Names this machine, also beside another of the same name."""
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostname()} ({Path('/proc/sys/kernel/random/boot_id').read_text()[:8]})"
+    return socket.gethostname()
+
+
 def _call_driver(name: str, variables: Mapping[str, str], on_gpus: bool) -> Line:
     address, token = variables["MILLRACE_ADDRESS"], bytes.fromhex(variables["MILLRACE_TOKEN"])
-    hello: dict[str, Any] = {"name": name, "pid": os.getpid(), "host": socket.gethostname()}
+    hello: dict[str, Any] = {"name": name, "pid": os.getpid(), "host": _host()}
     if on_gpus:
         hello |= {"gpus": gpus.visible_gpus(), "nccl": distributed.is_nccl_available()}
     connection = dial(address, token, {**hello, "for": "line"}, _DIAL_S)

@@ -26,7 +26,6 @@ from millrace.runtime.messages import (
     receive_bytes,
     send,
     send_bytes,
-    until_readable,
 )
 
 _LENGTH = struct.Struct("<I")
@@ -48,10 +47,7 @@ class Link:
         send(self.connection, Message(kind, fields or {}, tensors), timeout_s, self.who)
 
     def receive(self, timeout_s: float = LONGEST_WAIT_S) -> Message:
-        """timeout_s: until it is whole, or by default from when it begins.
-
-        Raises: WorkerError when the other side has ended, or says nothing for so long.
-        """
+        """Raises: WorkerError when the other side has ended, or says nothing for so long."""
         found = self.receive_any(timeout_s)
         if isinstance(found, Message):
             return found
@@ -64,9 +60,6 @@ class Link:
 
     def receive_any(self, timeout_s: float = LONGEST_WAIT_S) -> Message | bytearray:
         """A message, or the bytes of `send_frame`. Raises: as `receive`."""
-        if timeout_s == LONGEST_WAIT_S:
-            with contextlib.suppress(ValueError):  # it was closed here, as reading it will show
-                until_readable(self.connection)
         deadline_s = time.monotonic() + timeout_s
         head = bytearray(_LENGTH.size)
         receive_bytes(self.connection, memoryview(head), timeout_s, self.who)

@@ -60,7 +60,7 @@ class Async(_Named):
     """Every replica fetches the variables, works at a batch of its own and pushes its gradients, without waiting.
 
     fetch_every, push_every: in steps of the replica; gradients are added up between two pushes.
-    bound: how many pushes a replica may be ahead of the slowest one (stale synchronous); None: as many as it likes.
+    bound: how many batches a replica may be ahead of the slowest one (stale synchronous); None: as many as it likes.
     weaken_stale: scale a gradient by 1 / (1 + its staleness).
     overlap: push the gradients of a batch, and fetch the variables of the one after the next, while the next is
         computed. What a replica computes with lacks its own last gradients: a staleness of one more.

@@ -263,7 +263,7 @@ class _Memory:
 
 def _allocate(who: str, size_bytes: int) -> int:
     if not hasattr(os, "memfd_create"):
-        raise SettingError(f"{who}: shared memory between processes needs Linux. Use GlooGroup here.")
+        raise SettingError(f"{who}: shared memory between processes needs Linux. Pass transport='gloo'.")
     descriptor = os.memfd_create("millrace-group", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.posix_fallocate(descriptor, 0, size_bytes)
@@ -283,13 +283,14 @@ def _open(who: str, told: str, size_bytes: int) -> int:
     except OSError as error:
         raise WorkerError(
             f"{who} cannot open the memory of rank 0, {path}: {error.strerror}. Either that process has ended, or it "
-            "is not on the same host, of the same user and in the same container; then use GlooGroup."
+            "is not on the same host, of the same user and in the same container; then pass transport='gloo'."
         ) from error
     found = os.fstat(descriptor)
     if (found.st_ino, found.st_size) != (int(inode), size_bytes):
         os.close(descriptor)
         raise WorkerError(
             f"{who} found other memory than that of rank 0 at {path} ({found.st_size:,} bytes instead of "
-            f"{size_bytes:,}). Ranks of one group must be on one host and have the same chunk_bytes; or use GlooGroup."
+            f"{size_bytes:,}). Ranks of one group must be on one host and have the same chunk_bytes; or pass "
+            "transport='gloo'."
         )
     return descriptor

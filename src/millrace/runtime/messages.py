@@ -22,7 +22,7 @@ from millrace.errors import WorkerError
 
 _LENGTH = struct.Struct("<I")
 _TOGETHER_BYTES = 64 * 1024  # so few are sent in one call
-LONGEST_WAIT_S = 86400.0  # of the system, which counts in small integers
+LONGEST_WAIT_S = 2e6  # 23 days: of the system, which counts milliseconds in 31 bits
 _OF_NUMPY = frozenset({torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8})
 
 
