@@ -192,7 +192,7 @@ def test_a_job_that_fails_at_once_is_told(cluster: Cluster, capsys: Captured, mo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("digits --cluster x --devices 2", "--devices is not for submitted runs"),
+        ("digits --cluster x --devices 2", "--devices of a submitted run is gpu, with --replicas"),
         ("digits --cluster x --run-dir y", "--run-dir is not for submitted runs"),
         ("digits --cluster x --chaos 3", "--chaos and --room-within are for replicas"),
         ("digits", "required: --cluster"),
