@@ -365,6 +365,6 @@ def test_who_cannot_be_started_is_lost_and_the_others_are_there(
     with contextlib.closing(Hub(launcher, TOKEN, tmp_path, print, start_within_s=START_S)) as hub:
         assert hub.start(2) == ["m0", "m1"]
         events = [hub.next(START_S), hub.next(START_S)]
-        assert events[0] == Lost("m0", "it could not be started: Resource temporarily unavailable")
-        assert isinstance(events[1], Joined)
+        assert Lost("m0", "it could not be started: Resource temporarily unavailable") in events
+        assert any(isinstance(event, Joined) for event in events)
         assert hub.members == ("m1",)

@@ -33,6 +33,7 @@ START_WITHIN_S = 120.0
 EXIT_WITHIN_S = 0.5
 _LOOK_S = 0.5
 _SOON_S = 0.005
+_AGAIN_S = 1.0  # before one that could not be started is reported, and another one tried
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ Event = Joined | Said | Lost
 
 
 class _Member:
-    """What the hub knows of one. ending: why, and since when, it is being ended."""
+    """What the hub knows of one. failed: why it could not be started. ending: why it is being ended, and since when."""
 
     def __init__(self, name: str, now_s: float) -> None:
         self.name = name
@@ -77,6 +78,7 @@ class _Member:
         self.beat: Link | None = None
         self.joined = False
         self.lost = False
+        self.failed = ""
         self.watched = Watched(now_s)
         self.ending: tuple[str, float] | None = None
 
@@ -232,8 +234,7 @@ class Hub:
         try:
             self._launcher.start(name, environment(self.address, self._token, self._directory))
         except OSError as error:  # the machine is short of something, and may not be for long
-            member.lost = True
-            self._events.put(Lost(name, f"it could not be started: {error}"))
+            member.failed = f"it could not be started: {error}"
         self._members[name] = member
 
     def _serve(self) -> None:
@@ -328,7 +329,11 @@ class Hub:
     def _look_after(self, member: _Member, now_s: float) -> None:
         if member.lost:
             return
-        if member.ending is not None:
+        if member.failed:
+            if now_s - member.started_s > _AGAIN_S:  # whoever starts another in its place is not to do so at once
+                self._events.put(Lost(member.name, member.failed))
+                member.lost = True
+        elif member.ending is not None:
             self._bury(member, now_s)
         elif member.joined:
             suspicion = member.watched.suspicion(now_s, self._beat_late_s)
@@ -341,7 +346,7 @@ class Hub:
 
     def _end(self, member: _Member, why: str) -> None:
         """Kill it, and hear no more of it. why: "" for whatever its end will show."""
-        if member.ending is None and not member.lost:
+        if member.ending is None and not member.lost and not member.failed:
             self._launcher.kill(member.name)
             self._hang_up(member)
             member.ending = (why, time.monotonic())

@@ -78,12 +78,20 @@ class PoolShards(PoolMembers):
         if place.copy_state == SENDING:
             self._story(f"{worker} has no answer from shard {shard}, which is sending all it has to {place.copy}")
             self.places[shard] = replace(place, waiting=(*place.waiting, worker))
+        elif worker in place.excused:
+            self._story(
+                f"{worker} had no answer from shard {shard}, which may have been sending to a copy that is lost"
+            )
+            self.places[shard] = replace(place, excused=place.excused - {worker})
+            self._tell(worker, "moved", {"shard": shard, "address": place.address})
         else:
             self._kill(place.holder, f"{worker} has no connection with it: {why}")
 
     def _no_longer_sending(self, shard: int, place: Place) -> None:
         """What a place is from now on; who has waited for an answer may ask again."""
-        self.places[shard] = replace(place, waiting=())
+        follows = place.copy_state == FOLLOWING
+        workers = frozenset(name for name, member in self.members.items() if member.doing in WORKERS)
+        self.places[shard] = replace(place, waiting=(), excused=frozenset() if follows else workers)
         for name in place.waiting:
             if name in self.members and place.state == UP:
                 self._tell(name, "moved", {"shard": shard, "address": place.address})

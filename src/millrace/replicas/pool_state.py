@@ -40,7 +40,8 @@ class Place:
     """A shard: who holds it, who its copy.
 
     needed: what it was last configured with. owes: what it was told and has not answered. waiting: workers that have no
-    answer from it while it sends its copy all it is to have.
+    answer from it while it sends its copy all it is to have. excused: workers that may have had none for that reason,
+    and may say so once.
     """
 
     state: str = EMPTY
@@ -52,6 +53,7 @@ class Place:
     needed: int = 0
     owes: frozenset[str] = frozenset()
     waiting: tuple[str, ...] = ()
+    excused: frozenset[str] = frozenset()
 
     def owed_by(self, name: str) -> str:
         """What its holder, or the process of its copy, is to do; "" for nothing."""

@@ -58,7 +58,8 @@ class ShardServer:
         self._patience_s = patience_s
         self._lock = threading.Lock()
         self._links: set[Link] = set()
-        self._copies: dict[str, Link] = {}  # of the links, those with a copy, by whose
+        self._copies: dict[str, Link] = {}  # of the links, that with the copy, by whose
+        self._left: set[str] = set()  # copies that are known to be lost
         self._attaching = threading.Lock()
         self._copy_out: CopyOut | None = None
         self._copy_in: CopyIn | None = None
@@ -106,11 +107,13 @@ class ShardServer:
         member: str = "",
         wait_s: float = 60.0,
         on_lost: Callable[[str], None] = lambda _: None,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         """Make the process at the other end the holder of the copy. Returns when it has everything. One at a time.
 
         Args: connection: dialed with the hello {"shard": …}. member: names it, for `leave_copy`. on_lost: is told why
-            it does not follow any more, before anything is acknowledged without it.
+            it does not follow any more, before anything is acknowledged without it. on_progress: is called while it is
+            sent everything.
 
         Raises: WorkerError when it does not say so in time.
         """
@@ -119,9 +122,12 @@ class ShardServer:
                 self._copy_out.close()
             link = Link(connection, f"the process with the copy of {self.shard.store.who}")
             with self._lock:
+                if member in self._left:
+                    link.close()
+                    raise WorkerError(f"{member} was lost before it could become a copy.")
                 self._links.add(link)
-                self._copies[member] = link
-            self._copy_out = copy = CopyOut(self.shard, link, self._patience_s, on_lost)
+                self._copies = {member: link}
+            self._copy_out = copy = CopyOut(self.shard, link, self._patience_s, on_lost, on_progress)
             copy.start()
             copy.decided.wait(wait_s)
             if not copy.ready.is_set():
@@ -131,6 +137,7 @@ class ShardServer:
     def leave_copy(self, member: str) -> None:
         """Send no more to a copy that is known to be lost, also where that is under way."""
         with self._lock:
+            self._left.add(member)
             link = self._copies.pop(member, None)
         if link is not None:
             link.end()
@@ -247,10 +254,10 @@ class _WorkerConnection:
     def _push(self, push: Push) -> None:
         region, gradients = None, {}
         if push.dense:
-            region = self._region(push.slice)
-            gradients = region.tensors
-            if not self._link.shared:
-                with self._link.in_bulk():
+            with self._link.in_bulk() if not self._link.shared else contextlib.nullcontext():
+                region = self._region(push.slice)
+                gradients = region.tensors
+                if not self._link.shared:
                     self._link.receive_tensors(gradients.values(), push.timeout_s)
         for table, given in push.rows.items():
             check_rows(table, self._tables[table], given.rows)

@@ -37,6 +37,8 @@ from millrace.replicas.shard_log import entry_from_json, entry_to_json, snapshot
 from millrace.replicas.shard_store import Rows, Staged
 from millrace.runtime.messages import Message
 
+_PIECE_BYTES = 64 * 2**20  # of a shard are sent to its copy at a time
+
 
 def rows_to_tensors(rows: Mapping[str, Rows]) -> dict[str, Tensor]:
     """Rows of tables as the tensors of a message."""
@@ -53,14 +55,22 @@ class CopyOut:
     """At the shard. Sends what the copy is to have, and hears what it has.
 
     patience_s: how long the copy may take nothing before it counts as lost. on_lost: is told why the copy is lost,
-    before anything is acknowledged without it.
+    before anything is acknowledged without it. on_progress: is called whenever a piece of all it is to have was sent.
     """
 
-    def __init__(self, shard: Shard, link: Link, patience_s: float, on_lost: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        shard: Shard,
+        link: Link,
+        patience_s: float,
+        on_lost: Callable[[str], None],
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> None:
         self._shard = shard
         self._link = link
         self._patience_s = patience_s
         self._on_lost = on_lost
+        self._on_progress = on_progress
         self._given: dict[int, weakref.ref[TensorRegion]] = {}  # regions that the copy has too, by number
         self._numbers = itertools.count()
         self._acked = -1  # how much of the log it says it has
@@ -124,7 +134,10 @@ class CopyOut:
                 region = self._shard.store.region
                 fields = {"snapshot": snapshot_to_json(command.snapshot), "places": to_json(region.places)}
                 self._link.send("state", self._patience_s, fields)
-                self._link.send_tensors([torch.frombuffer(region.content(), dtype=torch.uint8)], self._patience_s)
+                content = torch.frombuffer(region.content(), dtype=torch.uint8)
+                for piece in content.split(_PIECE_BYTES):
+                    self._link.send_tensors([piece], self._patience_s)
+                    self._on_progress()
         except WorkerError:
             self._link.end()  # `_listen` sees it and says so
 

@@ -20,7 +20,7 @@ from millrace.replicas.server_client import ShardClient
 from millrace.replicas.shard_clients import ShardClients
 from millrace.runtime.messages import LONGEST_WAIT_S, Message
 
-_MOVE_S = 120.0  # for a lost shard to come back somewhere
+_MOVE_S = 3600.0  # for a lost shard to come back somewhere, or to send its copy all it has; the driver ends it sooner
 _WAITED = 0.5  # of the time-out: an answer that comes later is one of a shard that was waiting itself
 
 Ask = Callable[[ShardClients], list[Any]]

@@ -68,16 +68,13 @@ class ShardClients:
         return self._all([(c.finish_push, partial(start, c, v)) for c, v in zip(self.clients, versions, strict=True)])
 
     def go_on(self) -> list[Any]:
-        """Wait for what is left of the last call, after the failed shard's client was moved."""
-        failures: list[WorkerError] = []
+        """Wait for what is left of the last call, after the failed shard's client was moved.
+
+        The first failure is raised at once: whoever waits for us hears of it before it waits for other shards, too.
+        """
         for number, finish in list(self._left.items()):
-            try:
-                self._done[number] = finish()
-                del self._left[number]
-            except WorkerError as error:
-                failures.append(error)
-        if failures:
-            raise failures[0]
+            self._done[number] = finish()
+            del self._left[number]
         return [self._done[number] for number in sorted(self._done)]
 
     def close(self) -> None:

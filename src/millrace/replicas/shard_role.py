@@ -94,7 +94,7 @@ class _ShardRole:
 
         try:
             connection = dial(fields["address"], self._line.token, {"shard": self._line.name}, _DIAL_S)
-            self._server.attach_copy(connection, member, _COPY_S, lost)
+            self._server.attach_copy(connection, member, _COPY_S, lost, self._line.progress)
         except MillraceError as error:
             traceback.print_exc(file=sys.stderr)
             lost(str(error))

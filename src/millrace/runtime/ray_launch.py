@@ -71,7 +71,8 @@ class RayLauncher:
         module, arguments, threads: as of `ProcessLauncher`.
         directory: where a local Ray keeps its files, if the path is short enough for sockets.
         cpus, gpus: what Ray is to reserve for each process; a local one no GPUs.
-        local_cpus: how many cores a local Ray is told it has; by default those of this machine.
+        local_cpus: how many cores a local Ray is told it has; by default those of this machine. local_share: which part
+            of `cpus` it is to reserve.
         schedule_within_s: how long a cluster may take to find room for a process.
         processes: so many are reserved at once, before any of them is started, so that two runs do not each hold half
             of what they need. 0: none.
@@ -91,6 +92,7 @@ class RayLauncher:
         cpus: float = 1.0,
         gpus: float = 0.0,
         local_cpus: float | None = None,
+        local_share: float = 1.0,
         schedule_within_s: float = 30.0,
         processes: int = 0,
         say: Callable[[str], None] = lambda _: None,
@@ -114,7 +116,8 @@ class RayLauncher:
             self.where = f"tcp:{ray.util.get_node_ip_address()}:0"
         elif address == "local":
             self._local = {"CPU": float(local_cpus or os.cpu_count() or 1)}
-            self._asked["GPU"] = 0.0  # it is this run's alone, whose processes share the GPUs among themselves
+            # It is this run's alone: there may be many processes to a core, and they share the GPUs among themselves.
+            self._asked = {"CPU": cpus * local_share, "GPU": 0.0}
             self._leave = _start(directory, self._local["CPU"])
             # Paths of this machine mean nothing to others, which have millrace installed.
             self._environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(p) for p in sys.path if p)

@@ -39,7 +39,7 @@ from millrace.train.run_state import Outcome
 
 STALENESS = "staleness.json"
 _MORE = 4
-_LOCAL_CPUS = 1 / 64  # a Ray of the run's own takes as many processes as `resize` asks for
+_LOCAL_SHARE = 1 / 64  # a Ray of the run's own takes as many processes as `resize` asks for
 _GPU_FREE_S = 5.0
 
 
@@ -172,9 +172,9 @@ class ReplicaRun(Callback):
             [*prepared, "--imports", *plan.imports],
             threads,
             directory,
-            cpus=_LOCAL_CPUS if plan.cluster == "local" else 1.0,
             gpus=1.0 if plan.on_gpus else 0.0,
             local_cpus=count + _MORE,
+            local_share=_LOCAL_SHARE,
             processes=count,
             schedule_within_s=plan.room_within_s,
             say=self._say,
