@@ -10,8 +10,9 @@ from tests.replicas.small_groups import SmallGroups
 from tests.replicas.small_pool import Scope
 from tests.replicas.test_pool import told
 
-from millrace.replicas.grouped_pool import GroupedPool
+from millrace.replicas.grouped_pool import SEATED, Group, GroupedPool
 from millrace.replicas.pool_events import Done, Kill, PoolCommand, Sizes, Wanted
+from millrace.replicas.pool_state import SHARD, WORK, Member
 from millrace.replicas.protocol import (
     Expect,
     Failed,
@@ -214,3 +215,13 @@ class Forgetful(GroupedPool):
 def test_a_driver_that_is_wrong_is_found(driver: type[GroupedPool], found: str) -> None:
     with pytest.raises(Violation, match=found):
         explore(SmallGroups(replace(SCOPES["a group of two, a crash"], driver=driver)), limit=400_000)
+
+
+def test_a_member_works_at_what_its_group_does() -> None:
+    """So that its failure counts for that step."""
+    pool = GroupedPool(Sizes(1, 1, group=2))
+    pool.groups["g0"] = Group(("m1", "m2"))
+    pool.members |= {"g0": Member(WORK, work=(3, 0)), "m1": Member(SEATED), "m0": Member(SHARD)}
+    assert pool.work_of("m1") == pool.work_of("g0") == (3, 0)
+    assert pool.work_of("m0") is None
+    assert pool.work_of("nobody") is None

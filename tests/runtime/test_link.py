@@ -107,3 +107,15 @@ def test_an_end_is_told_after_the_last_message_and_sending_to_it_does_nothing() 
         assert link.send(Message("too late"))
         link.close()
         assert link.send(Message("much too late"))
+
+
+def test_what_has_moved_of_a_message_is_counted_before_it_is_whole() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs, contextlib.closing(Link(ours)) as link:
+        content = b"".join(pieces(Message("values", {}, {"w": torch.ones(100)})))
+        theirs.sendall(content[:50])
+        assert link.read() == ([], True)
+        assert link.moved_bytes == 50
+        theirs.sendall(content[50:])
+        assert link.read()[0][0].kind == "values"
+        assert link.moved_bytes == len(content)
