@@ -87,10 +87,9 @@ def test_from_the_start_to_the_first_step() -> None:
 
 
 def test_a_step_is_done_when_all_are_done() -> None:
-    driver = _formed(2).hear(StepWanted(1, (1.0, 1.0))).say("done", "b", step=1, loss=0.5)
+    driver = _formed(2).hear(StepWanted(1, (1.0, 1.0))).say("computed", "ab", step=1).say("done", "b", step=1)
     assert driver.take(StepDone) == []
-    (done,) = driver.say("done", "a", step=1, loss=0.25).take(StepDone)
-    assert {name: fields["loss"] for name, fields in done.results.items()} == {"a": 0.25, "b": 0.5}
+    (done,) = driver.say("done", "a", step=1).take(StepDone)
     assert done.slices == {"a": (0,), "b": (1,)}
     assert (done.step, done.missing) == (1, ())
 
@@ -105,7 +104,7 @@ def test_a_spare_takes_the_seat_of_a_lost_worker_and_the_step_is_done_again() ->
         Tell("c", "abandon", {"generation": 1}),
         Tell("d", "role", {"committed": 0}),
     ]
-    driver.say("abandoned", "ac", committed=0, computed=1)
+    driver.say("computed", "ac", step=1).say("abandoned", "ac", committed=0)
     assert driver.told() == [], "the spare is waited for"
     driver.hear(Said("d", "ready", {"committed": 0}))
     assert driver.told() == [("a", "form"), ("d", "form"), ("c", "form")], "it sits where b sat"
@@ -117,10 +116,11 @@ def test_without_a_spare_the_others_share_the_slices_and_the_newcomer_is_taken_i
     driver = _formed(3).hear(StepWanted(1, (1.0, 2.0, 3.0)))
     driver.commands.clear()
     assert driver.hear(Lost("b", "killed")).take(StartMembers) == [StartMembers(1)]
-    driver.say("abandoned", "ac", committed=0, computed=None)
+    driver.say("abandoned", "ac", committed=0)
     steps = driver.say("formed", "ac", committed=0).take(Tell)[2:]
     assert [(tell.member, tell.fields["slices"]) for tell in steps] == [("a", [0, 1]), ("c", [2])]
     assert steps[0].fields["weights"] == [1.0, 2.0]
+    driver.say("computed", "ac", step=1)
     assert driver.say("done", "a", step=1).hear(Joined("n")).told() == [("n", "role")]
     (done,) = driver.say("done", "c", step=1).take(StepDone)
     assert done.slices == {"a": (0, 1), "c": (2,)}
@@ -139,25 +139,29 @@ def test_a_newcomer_that_is_not_ready_is_not_waited_for() -> None:
     assert [(tell.member, tell.fields["slices"]) for tell in steps] == [("a", [0, 1])]
 
 
-def test_a_step_that_a_survivor_has_committed_is_not_done_again() -> None:
-    driver = _formed(3, spares=1).hear(StepWanted(1, (1.0, 1.0, 1.0))).say("done", "c", step=1)
-    driver.hear(Lost("a", "killed")).say("abandoned", "b", committed=0, computed=1)
+@pytest.mark.parametrize("arrived", [True, False])
+def test_a_step_that_a_survivor_has_committed_is_not_done_again(arrived: bool) -> None:
+    driver = (
+        _formed(3, spares=1).hear(StepWanted(1, (1.0, 1.0, 1.0))).say("computed", "cab" if arrived else "cb", step=1)
+    )
+    driver.say("done", "c", step=1).hear(Lost("a", "killed")).say("abandoned", "b", committed=0)
     driver.commands.clear()
     forms = driver.hear(Said("d", "ready", {"committed": 0})).take(Tell)
     assert [tell.member for tell in forms] == ["d", "b", "c"]
     assert [forms[0].fields[key] for key in ("source", "behind", "step")] == [2, [0, 1], 1]
     assert driver.say("formed", "dc", committed=1).take(StepDone) == [], "not before everybody has it"
     (done,) = driver.say("formed", "b", committed=1).take(StepDone)
-    assert (done.slices, done.missing) == ({"c": (2,), "b": (1,)}, (0,))
+    there = {"a": (0,)} if arrived else {}
+    assert (done.slices, done.missing) == ({**there, "b": (1,), "c": (2,)}, () if arrived else (0,))
 
 
 def test_when_the_only_one_with_the_step_dies_giving_it_away_the_step_is_done_again() -> None:
     driver = _formed(3, max_losses=1).hear(StepWanted(1, (1.0, 1.0, 1.0))).say("done", "c", step=1)
-    driver.hear(Lost("a", "killed")).say("abandoned", "b", committed=0, computed=1)
-    driver.hear(Lost("c", "killed while it broadcast")).say("abandoned", "b", committed=0, computed=None)
+    driver.hear(Lost("a", "killed")).say("computed", "b", step=1).say("abandoned", "b", committed=0)
+    driver.hear(Lost("c", "killed while it broadcast")).say("abandoned", "b", committed=0)
     steps = driver.say("formed", "b", committed=0).take(Tell)
     assert (steps[-1].kind, steps[-1].fields["slices"]) == ("step", [0, 1, 2])
-    (done,) = driver.say("done", "b", step=1).take(StepDone)
+    (done,) = driver.say("computed", "b", step=1).say("done", "b", step=1).take(StepDone)
     assert done.missing == ()
 
 
@@ -169,12 +173,12 @@ def test_a_loss_between_two_steps_needs_no_abandoning() -> None:
 
 def test_answers_of_an_earlier_generation_are_dropped() -> None:
     driver = _formed(2).hear(StepWanted(1, (1.0, 1.0)), Lost("b", "killed"))
-    driver.say("abandoned", "a", committed=0, computed=None).say("formed", "a", committed=0)
+    driver.say("abandoned", "a", committed=0).say("formed", "a", committed=0)
     late = Said("a", "done", {"generation": 1, "step": 1})
     assert driver.hear(late).take(StepDone) == []
     assert driver.hear(Said("b", "done", {"generation": 2, "step": 1})).take(StepDone) == [], "b is gone"
-    (done,) = driver.say("done", "a", step=1).take(StepDone)
-    assert list(done.results) == ["a"]
+    (done,) = driver.say("computed", "a", step=1).say("done", "a", step=1).take(StepDone)
+    assert list(done.slices) == ["a"]
 
 
 def test_who_owes_an_answer_is_expected_to_give_it() -> None:
@@ -187,7 +191,9 @@ def test_who_owes_an_answer_is_expected_to_give_it() -> None:
 def test_a_broken_group_is_formed_again_but_not_for_ever() -> None:
     driver = _formed(2, max_breaks=2).hear(StepWanted(1, (1.0, 1.0)))
     for _ in range(2):
-        driver.say("broken", "b", why="connection reset").say("abandoned", "ab", committed=0, computed=1)
+        driver.say("broken", "b", why="connection reset").say("computed", "ab", step=1).say(
+            "abandoned", "ab", committed=0
+        )
         assert driver.say("formed", "ab", committed=0).told()[-2:] == [("a", "step"), ("b", "step")]
     (failed,) = driver.say("broken", "a", why="connection reset").take(Failed)
     assert "3 times in a row" in failed.reason
@@ -222,7 +228,7 @@ def test_starts_that_fail_again_and_again_end_the_run() -> None:
 def test_members_are_started_again_after_a_step() -> None:
     driver = _formed(2, max_losses=1).hear(StepWanted(1, (1.0, 1.0)), Lost("b", "killed"))
     assert driver.take(StartMembers) == []
-    driver.say("abandoned", "a", committed=0, computed=None).say("formed", "a", committed=0)
+    driver.say("abandoned", "a", committed=0).say("formed", "a", committed=0)
     driver.say("done", "a", step=1).hear(StepWanted(2, (1.0, 1.0)))
     assert driver.take(StartMembers) == [StartMembers(1)]
 
@@ -277,7 +283,7 @@ def test_a_worker_that_says_what_cannot_be_is_an_error() -> None:
 
 def test_what_is_told_can_be_written_as_json() -> None:
     driver = _formed(2, spares=1).hear(StepWanted(1, (1.0, 1.0)), Lost("b", "killed"))
-    driver.say("abandoned", "a", committed=0, computed=1).hear(Said("c", "ready", {"committed": 0}))
+    driver.say("computed", "a", step=1).say("abandoned", "a", committed=0).hear(Said("c", "ready", {"committed": 0}))
     fields = [tell.fields for tell in driver.take(Tell)]
     assert len(fields) == 6
     assert all(json.loads(json.dumps(each)) == each for each in fields)

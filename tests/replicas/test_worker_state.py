@@ -43,8 +43,8 @@ COMPUTED, REDUCED, UPDATED = Computed(1, 5), Reduced(1, 5), Updated(1, 5)
 ABANDON = Told("abandon", {"generation": 1})
 
 
-def _left(committed: int, computed: int | None) -> list[object]:
-    return [LeaveGroup(1), Say("abandoned", {"generation": 1, "committed": committed, "computed": computed})]
+def _left(committed: int) -> list[object]:
+    return [LeaveGroup(1), Say("abandoned", {"generation": 1, "committed": committed})]
 
 
 def test_a_step_from_the_role_to_done() -> None:
@@ -53,7 +53,7 @@ def test_a_step_from_the_role_to_done() -> None:
     assert worker.handle(FORM) == [FormGroup(1, 0, 2)]
     assert worker.handle(FORMED) == [Say("formed", {"generation": 1, "committed": 4})]
     assert worker.handle(BEGIN) == [ComputeSlices(1, 5, (0, 2), (8.0, 7.0), 31.0)]
-    assert worker.handle(COMPUTED) == [AllReduce(1, 5)]
+    assert worker.handle(COMPUTED) == [Say("computed", {"generation": 1, "step": 5}), AllReduce(1, 5)]
     assert worker.handle(REDUCED) == [Update(1, 5)]
     assert worker.committed == 4, "not before the update is over"
     assert worker.handle(UPDATED) == [Say("done", {"generation": 1, "step": 5})]
@@ -75,20 +75,20 @@ def test_who_gives_its_variables_keeps_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("events", "computed"),
+    "events",
     [
-        ([FORM], None),
-        ([FORM, FORMED], None),
-        ([FORM, FORMED, BEGIN], None),
-        ([FORM, FORMED, BEGIN, COMPUTED], 5),
-        ([FORM, FORMED, BEGIN, COMPUTED, CollectiveFailed(1, "peer")], 5),
-        ([FORM, FORMED, BEGIN, CollectiveFailed(1, "peer")], None),
-        ([FORM, CollectiveFailed(1, "peer")], None),
+        [FORM],
+        [FORM, FORMED],
+        [FORM, FORMED, BEGIN],
+        [FORM, FORMED, BEGIN, COMPUTED],
+        [FORM, FORMED, BEGIN, COMPUTED, CollectiveFailed(1, "peer")],
+        [FORM, FORMED, BEGIN, CollectiveFailed(1, "peer")],
+        [FORM, CollectiveFailed(1, "peer")],
     ],
 )
-def test_abandon_before_the_update_is_answered_at_once(events: list[object], computed: int | None) -> None:
+def test_abandon_before_the_update_is_answered_at_once(events: list[object]) -> None:
     worker = _worker(*events)
-    assert worker.handle(ABANDON) == _left(4, computed)
+    assert worker.handle(ABANDON) == _left(4)
     for late in (FORMED, COMPUTED, REDUCED, CollectiveFailed(1, "late")):
         (story,) = worker.handle(late)
         assert isinstance(story, Story)
@@ -99,12 +99,12 @@ def test_abandon_in_the_update_waits_for_its_end() -> None:
     worker = _worker(FORM, FORMED, BEGIN, COMPUTED, REDUCED)
     (story,) = worker.handle(ABANDON)
     assert isinstance(story, Story)
-    assert worker.handle(UPDATED) == [Say("done", {"generation": 1, "step": 5}), *_left(5, None)]
+    assert worker.handle(UPDATED) == [Say("done", {"generation": 1, "step": 5}), *_left(5)]
 
 
 def test_abandon_while_adopting_waits_for_its_end() -> None:
     worker = _worker(Told("form", {**ALONE, "rank": 1, "source": 0, "behind": [1]}), FORMED, ABANDON, committed=3)
-    assert worker.handle(Updated(1, 4)) == [Say("formed", {"generation": 1, "committed": 4}), *_left(4, None)]
+    assert worker.handle(Updated(1, 4)) == [Say("formed", {"generation": 1, "committed": 4}), *_left(4)]
 
 
 def test_a_second_abandon_is_not_answered_again() -> None:
@@ -158,5 +158,5 @@ def test_what_is_said_can_be_written_as_json() -> None:
     worker = WorkerState()
     events = [Told("role", {"committed": 4}), FORM, FORMED, BEGIN, COMPUTED, REDUCED, ABANDON, UPDATED]
     said = [command.fields for event in events for command in worker.handle(event) if isinstance(command, Say)]
-    assert len(said) == 4
+    assert len(said) == 5
     assert all(json.loads(json.dumps(fields)) == fields for fields in said)

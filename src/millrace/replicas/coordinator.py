@@ -51,12 +51,13 @@ GATHERING, FORMING, IDLE, STEPPING, FAILED = "gathering", "forming", "idle", "st
 
 @dataclass(frozen=True)
 class Flight:
-    """A step that is wanted and not reported done. slices: by worker, once handed out. results: what came so far."""
+    """A step that is wanted and not reported done. slices: by worker, once handed out. computed: whose
+    results have come."""
 
     step: int
     weights: tuple[float, ...]
     slices: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    results: dict[str, Fields] = field(default_factory=dict)
+    computed: frozenset[str] = frozenset()
 
 
 class Coordinator(CoordinatorSeats):
@@ -172,10 +173,12 @@ class Coordinator(CoordinatorSeats):
                 self._set(name, FREE, committed=fields["committed"])
             case "formed", "form":
                 self._set(name, READY, committed=fields["committed"])
+            case "computed", "step" | "abandon":
+                self._computed(name, fields["step"])
             case "done", "step" | "abandon":
-                self._done(name, member, fields)
+                self._set(name, READY if member.doing == STEP else ABANDON, committed=fields["step"])
             case "abandoned", "abandon":
-                self._abandoned(name, fields)
+                self._set(name, FREE, committed=fields["committed"])
             case "values", "read" | "abandon":
                 self.read_wanted = False
                 self._commands.append(VariablesRead(name, fields["committed"], fields))
@@ -190,19 +193,11 @@ class Coordinator(CoordinatorSeats):
                     f"generation {self.generation}. They disagree on what came before; please report both logs."
                 )
 
-    def _done(self, name: str, member: Member, fields: Fields) -> None:
-        self._keep_results(name, fields["step"], fields)
-        self._set(name, READY if member.doing == STEP else ABANDON, committed=fields["step"])
-
-    def _abandoned(self, name: str, fields: Fields) -> None:
-        if fields["computed"] is not None:
-            self._keep_results(name, fields["computed"], fields)
-        self._set(name, FREE, committed=fields["committed"])
-
-    def _keep_results(self, name: str, step: int, fields: Fields) -> None:
+    def _computed(self, name: str, step: int) -> None:
         if self.flight is None or self.flight.step != step:
             raise WorkerError(f"{name} has results of step {step}, and {self.flight} is what was handed out.")
-        self.flight = replace(self.flight, results={**self.flight.results, name: fields})
+        self._story(f"{name} has computed its slices of step {step}")
+        self.flight = replace(self.flight, computed=self.flight.computed | {name})
 
     def _broken(self, name: str, why: str) -> None:
         self.breaks += 1
@@ -287,7 +282,7 @@ class Coordinator(CoordinatorSeats):
     def _hand_out(self, flight: Flight) -> None:
         seats = [seat for name in self.group if (seat := self.members[name].seat) is not None]
         shares = dict(zip(self.group, share_slices(seats, self.seats), strict=True))
-        self.flight = replace(flight, slices=shares, results={})
+        self.flight = replace(flight, slices=shares, computed=frozenset())
         self._enter(STEPPING, f"step {flight.step}: {shares}")
         same = {"generation": self.generation, "step": flight.step, "total": sum(flight.weights)}
         for name, slices in shares.items():
@@ -299,11 +294,11 @@ class Coordinator(CoordinatorSeats):
         flight = self.flight
         if flight is None or committed != flight.step:
             return
-        missing = sorted(s for name, slices in flight.slices.items() if name not in flight.results for s in slices)
-        slices = {name: flight.slices[name] for name in flight.results}
+        missing = sorted(s for name, slices in flight.slices.items() if name not in flight.computed for s in slices)
+        slices = {name: of_it for name, of_it in flight.slices.items() if name in flight.computed}
         self.flight, self.reported, self.losses, self.breaks = None, flight.step, 0, 0
         self._story(f"step {flight.step} is done" + (f", results of slices {missing} are lost" if missing else ""))
-        self._commands.append(StepDone(flight.step, flight.results, slices, tuple(missing)))
+        self._commands.append(StepDone(flight.step, slices, tuple(missing)))
 
     # --- small things -------------------------------------------------------------------------------------------------
 

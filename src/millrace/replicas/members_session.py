@@ -266,7 +266,7 @@ class MembersSession(RemoteSession):
                 if message.kind == "error":
                     self._failed_in(member, message)
                 else:
-                    if "tier" in message.fields:  # it has computed
+                    if message.kind == "done":
                         self._fresh.discard(member)
                     self._keep(member, message)
                     self._decide(Said(member, message.kind, message.fields))

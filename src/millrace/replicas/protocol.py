@@ -112,12 +112,10 @@ class Expect:
 class StepDone:
     """A step is committed by every worker.
 
-    results: the fields each worker sent with its results. slices: which slices these are of, by worker.
-    missing: slices whose results were lost with the worker that had computed them (their gradients were not).
+    slices: whose results came, by worker. missing: those whose results were lost on the way (their gradients were not).
     """
 
     step: int
-    results: Mapping[str, Fields]
     slices: Mapping[str, tuple[int, ...]]
     missing: tuple[int, ...] = ()
 

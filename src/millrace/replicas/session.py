@@ -40,7 +40,7 @@ from millrace.replicas.settings import LocalSteps, Travel
 from millrace.replicas.slices import examples_in, sizes_of, wholes_of
 from millrace.replicas.stages import early_stages
 from millrace.replicas.suspicion import GROUP_WAITS
-from millrace.replicas.worker import GRAPH, UPDATE, VARIABLE
+from millrace.replicas.worker import GRAPH, VARIABLE
 from millrace.runtime.messages import Message
 
 
@@ -194,18 +194,22 @@ class ReplicatedSession(MembersSession):
         """The fetches of a step from those of its slices."""
         by_slice: dict[int, dict[str, Tensor]] = {}
         made: dict[str, Tensor] = {}
-        self._tiers = {str(fields["tier"]) for fields in done.results.values()}
+        tiers: set[str] = set()
         for member, slices in done.slices.items():
-            beside = self._beside[member, "results"].tensors
-            made = made or {n.removeprefix(f"{UPDATE}/"): t for n, t in beside.items() if n.startswith(f"{UPDATE}/")}
+            beside = self._beside[member, "computed"].tensors
+            if (member, "done") in self._beside:
+                finished = self._beside[member, "done"]
+                made = dict(finished.tensors)
+                tiers.add(str(finished.fields["tier"]))
             for number in slices:
                 prefix = f"{number}/"
                 by_slice[number] = {n.removeprefix(prefix): t for n, t in beside.items() if n.startswith(prefix)}
+        self._tiers = tiers
         there = [number for number in sorted(by_slice) if number < len(sizes)]
         if done.missing:
             self._say(
                 f"step {self.taken_before + done.step} is done, but what slices {list(done.missing)} count for in its "
-                "loss and metrics was lost with their worker"
+                "loss and metrics was lost on the way from their worker"
             )
         if not there:
             return made
@@ -234,9 +238,6 @@ class ReplicatedSession(MembersSession):
     def _take(self, command: DriverCommand | PoolCommand) -> None:
         assert isinstance(command, StepDone | VariablesRead)
         self._answers.append(command)
-
-    def _keep(self, member: str, message: Message) -> None:
-        self._beside[member, "results" if "tier" in message.fields else message.kind] = message
 
     @property
     def complete(self) -> bool:

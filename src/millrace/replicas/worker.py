@@ -51,7 +51,7 @@ from millrace.runtime.messages import LONGEST_WAIT_S, Message
 
 _PART_BYTES = 64 * 2**20  # of the variables are given to others at a time
 
-GRAPH, VARIABLE, UPDATE = "graph", "variable/", "update"  # begin the names of tensors beside messages
+GRAPH, VARIABLE = "graph", "variable/"  # begin the names of tensors beside messages
 
 
 def worker(line: Line, role: Message) -> None:
@@ -173,8 +173,9 @@ class _Worker:
                     self._group.abandon()
                     self._group = None
             case Say(kind, fields):
-                beside = {name: value.cpu() for name, value in self._beside(kind, fields).items()}
-                self._line.say(Message(kind, self._told(kind, fields), beside))
+                beside = {name: value.cpu() for name, value in self._beside(kind).items()}
+                told = {**fields, "tier": self._replica.tier} if kind == "done" else fields
+                self._line.say(Message(kind, told, beside))
             case Story(text):
                 self._log(text)
         return None
@@ -199,29 +200,20 @@ class _Worker:
         self._results = self._replica.compute(parts, self._reduction.add if overlaps else None)
         self._slices = tuple(slices)
 
-    def _told(self, kind: str, fields: Fields) -> Fields:
-        return {**fields, "tier": self._replica.tier} if _has_results(kind, fields) else fields
-
-    def _beside(self, kind: str, fields: Fields) -> dict[str, Tensor]:
+    def _beside(self, kind: str) -> dict[str, Tensor]:
         if kind == "values":
             return {VARIABLE + name: value for name, value in self._replica.variables.items()}
-        if _has_results(kind, fields) and self._results is not None:
-            found = {
+        if kind == "computed":
+            assert self._results is not None
+            return {
                 f"{number}/{name}": value
                 for number, fetches in zip(self._slices, self._results.fetches, strict=True)
                 for name, value in fetches.items()
             }
-            made = self._made if kind == "done" else {}
-            return {**found, **{f"{UPDATE}/{name}": value for name, value in made.items()}}
-        return {}
+        return self._made if kind == "done" else {}
 
     def _log(self, text: str) -> None:
         print(f"{self._line.name}: {text}", file=sys.stderr, flush=True)
-
-
-def _has_results(kind: str, fields: Fields) -> bool:
-    """Whether the results of a step travel beside a message. One that was abandoned may be done without this worker."""
-    return kind == "done" or (kind == "abandoned" and fields["computed"] is not None)
 
 
 def _in_parts(variables: Mapping[str, Tensor]) -> list[list[str]]:

@@ -51,7 +51,6 @@ class WorkerState:
         self.generation = 0
         self.committed = NOTHING
         self.step: int | None = None  # in flight: handed out and not committed here
-        self.computed = False  # the results of `step` are at hand
         self.behind = False  # takes the variables that are broadcast in the group being formed
         self.broadcast_step = NOTHING
         self.abandoning = False  # an "abandon" waits until the variables are whole again
@@ -68,8 +67,10 @@ class WorkerState:
                 case Formed() if self.doing == FORMING:
                     return self._formed()
                 case Computed(step=step) if self.doing == COMPUTING and step == self.step:
-                    self.doing, self.computed = REDUCING, True
-                    return [AllReduce(self.generation, step)]
+                    self.doing = REDUCING
+                    # First its results: once others have its gradients, they must not be lost with it.
+                    found = Say("computed", {"generation": self.generation, "step": step})
+                    return [found, AllReduce(self.generation, step)]
                 case Reduced(step=step) if self.doing == REDUCING and step == self.step:
                     self.doing = UPDATING
                     return [Update(self.generation, step)]
@@ -109,7 +110,7 @@ class WorkerState:
             )
         leave: list[WorkerCommand] = [LeaveGroup(self.generation)] if self.doing == READY else []
         rank, source = fields["rank"], fields["source"]
-        self.doing, self.generation, self.step, self.computed = FORMING, generation, None, False
+        self.doing, self.generation, self.step = FORMING, generation, None
         self.behind, self.broadcast_step = rank in fields["behind"], fields["step"]
         commands: list[WorkerCommand] = [*leave, FormGroup(generation, rank, fields["size"])]
         if source is not None:
@@ -124,13 +125,13 @@ class WorkerState:
         return [Say("formed", {"generation": self.generation, "committed": self.committed})]
 
     def _begin(self, fields: Fields) -> list[WorkerCommand]:
-        self.doing, self.step, self.computed = COMPUTING, fields["step"], False
+        self.doing, self.step = COMPUTING, fields["step"]
         slices, weights = tuple(fields["slices"]), tuple(fields["weights"])
         return [ComputeSlices(self.generation, fields["step"], slices, weights, fields["total"])]
 
     def _updated(self, step: int) -> list[WorkerCommand]:
         kind, told = ("done", {"step": step}) if self.doing == UPDATING else ("formed", {"committed": step})
-        self.doing, self.committed, self.step, self.computed = READY, step, None, False
+        self.doing, self.committed, self.step = READY, step, None
         said = Say(kind, {"generation": self.generation, **told})
         return [said, *self._leave()] if self.abandoning else [said]
 
@@ -143,9 +144,8 @@ class WorkerState:
         return self._leave()
 
     def _leave(self) -> list[WorkerCommand]:
-        computed = self.step if self.computed else None
-        self.doing, self.step, self.computed, self.abandoning = FREE, None, False, False
-        answer = {"generation": self.generation, "committed": self.committed, "computed": computed}
+        self.doing, self.step, self.abandoning = FREE, None, False
+        answer = {"generation": self.generation, "committed": self.committed}
         return [LeaveGroup(self.generation), Say("abandoned", answer)]
 
     def _standing(self) -> str:
