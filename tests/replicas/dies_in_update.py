@@ -1,6 +1,6 @@
-"""Imported by members of a run: whoever first finds the file that $DIES_IN_UPDATE names dies in its update.
+"""Imported by members of a run: whoever first finds the file that $DIES_IN_UPDATE names dies before it says "done".
 
-By then its gradients are in the sums of all others, and these have had the time to commit the step.
+By then its gradients are in the sums of all others, or with the shards, and the step has had the time to be done.
 """
 
 from __future__ import annotations
@@ -9,22 +9,36 @@ import os
 import signal
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
 from millrace.replicas.replica import Replica
+from millrace.replicas.server_worker import _ServerWorker
 
-_commit = Replica.commit
+_commit, _pushed = Replica.commit, _ServerWorker._pushed
 
 
-def _or_die(self: Replica, means: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _perhaps_die() -> None:
     try:
         os.unlink(os.environ["DIES_IN_UPDATE"])
     except FileNotFoundError:
-        return _commit(self, means, others)
+        return
     time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError("it is dead")
 
 
-Replica.commit = _or_die  # type: ignore[method-assign]
+def _commit_or_die(self: Replica, means: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    _perhaps_die()
+    return _commit(self, means, others)
+
+
+def _pushed_or_die(self: _ServerWorker) -> Mapping[str, Any]:
+    told = _pushed(self)
+    if told["pushed"]:
+        _perhaps_die()
+    return told
+
+
+Replica.commit = _commit_or_die  # type: ignore[method-assign]
+_ServerWorker._pushed = _pushed_or_die  # type: ignore[method-assign]

@@ -36,6 +36,11 @@ def _processes_with_devices(directory: Path) -> Launcher:
     return ProcessLauncher("millrace.replicas.member", ["--divided"], 1, directory)
 
 
+def mortals_in(directory: Path) -> Launcher:
+    """Starts members one of which dies where `dies_in_update` says."""
+    return ProcessLauncher("millrace.replicas.member", ["--imports", "tests.replicas.dies_in_update"], 1, directory)
+
+
 @contextlib.contextmanager
 def session_over(
     graph: Graph,

@@ -73,6 +73,14 @@ def test_shards_have_roles_first_then_copies_then_workers() -> None:
     assert told(driver.hears(Said("m1", "ready", {"address": "a1"})), "copy")[0].member == "m0"
 
 
+def test_what_has_been_computed_is_not_done() -> None:
+    driver = running(workers=1)
+    driver.hears(Wanted(0), Wanted(1))
+    said = driver.hears(Said("m2", "computed", {"step": 0, "slice": 0}))
+    assert not [command for command in said if not isinstance(command, Story)]
+    assert told(driver.hears(Lost("m2", "killed"), Said("m3", "ready")), "batch")[0].fields["step"] == 0
+
+
 def test_the_batch_of_a_lost_worker_is_given_to_another() -> None:
     driver = running(workers=2)
     batches = told(driver.hears(Wanted(0), Wanted(1), Wanted(2)), "batch")

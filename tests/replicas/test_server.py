@@ -269,6 +269,30 @@ def test_a_copy_that_is_known_to_be_lost_holds_nobody_up(tmp_path: Path) -> None
                 attaching.result()
 
 
+def test_what_is_written_is_said_to_be_when_the_copy_has_it_or_is_lost(tmp_path: Path) -> None:
+    shard, copy = counting_server("shard 0", {"a": 5}, Sync(2)), counting_server("copy", {"a": 5}, is_copy=True)
+    with (
+        served(shard, address_in(tmp_path, "unix")) as address,
+        served(copy, address_in(tmp_path, "unix", "copy")) as copy_address,
+        ThreadPoolExecutor(1) as pool,
+        connected(address, "w0") as client,
+    ):
+        client.push({"a": torch.ones(5)}, 1, 0, 0, slice=0)  # staged, and is not to be applied by what is written
+        attach_copy(shard, copy_address)
+        shard.write({"a": torch.full((5,), 7.0)})
+        assert copy.read()["a"].tolist() == [7.0] * 5
+        assert copy.shard.state.snapshot() == shard.shard.state.snapshot()
+        with copy.shard.still():  # it takes nothing
+            writing = pool.submit(shard.write, {"a": torch.full((5,), 8.0)})
+            time.sleep(0.3)
+            assert not writing.done()
+            shard.leave_copy("copy")
+            writing.result(timeout=3.0)
+        assert shard.read()["a"].tolist() == [8.0] * 5
+        assert not shard.report()["copied"]
+        shard.write({"a": torch.full((5,), 9.0)})  # alone
+
+
 def test_a_push_that_stops_in_its_middle_ends_the_connection(tmp_path: Path) -> None:
     shard = counting_server("shard 0", {"a": 1000})
     with served(shard, address_in(tmp_path, "tcp")) as address, connected(address, "w1") as other:

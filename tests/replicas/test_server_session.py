@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.graph.step_models import MODELS, batch_of, step_graph
-from tests.replicas.real_session import EXAMPLES, pid_of, session_over, train, values_of
+from tests.replicas.real_session import EXAMPLES, mortals_in, pid_of, session_over, train, values_of
 from torch import Tensor, nn
 
 import millrace
@@ -97,6 +97,23 @@ def test_lost_processes_cost_no_bit_of_a_synchronous_run() -> None:
         after = values_of(session)
     assert found == expected
     assert all(torch.equal(after[name], value) for name, value in final.items())
+
+
+def test_a_worker_that_dies_when_shards_have_its_gradients_does_not_take_its_results_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither its part of the loss nor that of the statistics which the forward pass collects."""
+    monkeypatch.setenv("DIES_IN_UPDATE", str(tmp_path / "now"))
+    graph, update = step_graph("cnn", "adamw"), Sync(parameter_servers=2, copies=False)
+    with session_over(graph, update, 2, launcher_in=mortals_in) as session:
+        expected, final = train(session, "images", 6), values_of(session)
+    with session_over(graph, update, 2, spares=1, launcher_in=mortals_in, patience_s=20.0) as session:
+        found = train(session, "images", 3)
+        (tmp_path / "now").touch()
+        found += train(session, "images", 3, 3)
+        assert found == expected
+        assert all(torch.equal(value, final[name]) for name, value in values_of(session).items())
+        assert sum("was lost" in story for story in session.stories) >= 1
 
 
 def test_a_frozen_backup_worker_delays_nobody() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tests.graph.step_models import MODELS, batch_of, step_graph
 from tests.replicas import slow_backward
-from tests.replicas.real_session import EXAMPLES, pid_of, session_over, train, values_of
+from tests.replicas.real_session import EXAMPLES, mortals_in, pid_of, session_over, train, values_of
 from torch import Tensor
 
 from millrace.errors import FeedError, FetchError, MillraceError, WorkerError
@@ -99,13 +99,10 @@ def test_a_lost_worker_costs_the_step_in_flight_and_no_bit_of_the_result(fault: 
 def test_a_worker_that_dies_when_others_have_its_gradients_does_not_take_its_results_along(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def launcher_in(directory: Path) -> ProcessLauncher:
-        return ProcessLauncher("millrace.replicas.member", ["--imports", "tests.replicas.dies_in_update"], 1, directory)
-
     monkeypatch.setenv("DIES_IN_UPDATE", str(tmp_path / "now"))
     graph = step_graph("mlp", "adamw")
     expected = train(Session(graph, copy=True, compile="eager"), "numbers", 6)
-    with session_over(graph, Sync(), 2, spares=1, launcher_in=launcher_in, patience_s=20.0) as session:
+    with session_over(graph, Sync(), 2, spares=1, launcher_in=mortals_in, patience_s=20.0) as session:
         found = train(session, "numbers", 3)
         (tmp_path / "now").touch()
         found += train(session, "numbers", 3, 3)

@@ -58,7 +58,7 @@ class AcknowledgesAtOnce(ShardState):
     """Does not wait for its copy."""
 
     @property
-    def _settled(self) -> int:
+    def settled(self) -> int:
         return self.index
 
 

@@ -148,6 +148,8 @@ class Pool(PoolShards):
             self._shard_said(name, kind, fields)
         elif (kind, member.doing) == ("ready", ROLE):
             self._set(name, replace(member, doing=FREE, clock=self._slowest()))
+        elif (kind, member.doing) == ("computed", WORK):
+            self._story(f"{name} has computed {member.work}")
         elif (kind, member.doing) in (("done", WORK), ("flushed", FLUSH)):
             self._done(name, member, fields)
         elif kind == "shard_lost" and member.doing in WORKERS:

@@ -31,6 +31,7 @@ from millrace.runtime.handshake import Listener
 from millrace.runtime.messages import Message
 
 _LOOK_S = 0.2  # between two looks whether to end
+_SETTLE_S = 60.0  # for a copy to say that it has everything, once it was sent
 
 
 class ShardServer:
@@ -105,7 +106,7 @@ class ShardServer:
         self,
         connection: socket.socket,
         member: str = "",
-        wait_s: float = 60.0,
+        wait_s: float = _SETTLE_S,
         on_lost: Callable[[str], None] = lambda _: None,
         on_progress: Callable[[], None] = lambda: None,
     ) -> None:
@@ -154,15 +155,18 @@ class ShardServer:
             return {name: tensor.clone() for name, tensor in self.shard.store.region.tensors.items()}
 
     def write(self, values: Mapping[str, Tensor]) -> None:
-        """Give variables new values, here and in the copy, while no worker reads or pushes.
+        """Give variables new values, while no worker reads or pushes. Returns when the copy has them, too.
 
         Raises: FetchError for one that is not here.
         """
         with self.shard.still():
             for name, value in values.items():
                 self.shard.store.tensor(name).copy_(value)
-            if self.shard.state.has_copy:
+            copy = self._copy_out if self.shard.state.has_copy else None
+            if copy is not None:
                 self.shard.tell(CopyGained())
+        if copy is not None and not self.shard.settle(_SETTLE_S):
+            copy.close()  # one that does not say so holds no copy
 
     def report(self) -> dict[str, Any]:
         """Version, how many pushes were dropped, whether there is a copy that has everything."""

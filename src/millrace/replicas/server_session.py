@@ -312,8 +312,8 @@ class ServerSession(MembersSession):
         elif message.kind == "done":
             self._times.add(time.monotonic() - self._began_s[member])
             self._tiers.append(fields["tier"])
-            if fields["step"] in self._open:
-                self._keep_results(self._open[fields["step"]], message)
+        if message.kind == ("computed" if self._sync else "done") and fields["step"] in self._open:
+            self._keep_results(self._open[fields["step"]], message)
         if fields.get("tau") is not None:
             self.staleness[fields["tau"]] += 1
             for step, _ in fields["pushed"]:
@@ -321,7 +321,8 @@ class ServerSession(MembersSession):
                     self._open[step].tau = fields["tau"]
 
     def _keep_results(self, step: OpenStep, message: Message) -> None:
-        step.results[message.fields["slice"]] = message.tensors
+        # Of a slice that is computed again the first count: after its gradients did, variables are others.
+        step.results.setdefault(message.fields["slice"], message.tensors)
 
     def _tell(self, member: str, kind: str, fields: dict[str, Any]) -> None:
         tensors: dict[str, Tensor] = {}
@@ -341,7 +342,9 @@ class ServerSession(MembersSession):
     def _worker_settings(self) -> dict[str, Any]:
         """What else its role says to a worker."""
         every: dict[str, Any] = {"fetch_every": 1, "push_every": 1, "overlap": False}
-        return {name: getattr(self._update, name) for name in every} if isinstance(self._update, Async) else every
+        if isinstance(self._update, Async):
+            every = {name: getattr(self._update, name) for name in every}
+        return {**every, "sync": self._sync}
 
     def _shard_role(self, fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         policy: shard_events.Policy = shard_events.Sync(fields["needed"])

@@ -72,6 +72,7 @@ class _ServerWorker:
         self._line = line
         self._fetch_every, self._push_every = fields["fetch_every"], fields["push_every"]
         self._overlap: bool = fields["overlap"]
+        self._sync: bool = fields["sync"]
         self._shards = ShardAccess(line, fields["addresses"], fields["timeout_s"], ways=2 if self._overlap else 1)
         clients = self._shards.clients
         specs = {name: spec for client in clients for name, spec in client.variables.items()}
@@ -141,6 +142,10 @@ class _ServerWorker:
         dense = {name: values.pop(name) for name in self._exchanged}
         sums = _Sums(dense, rows, self._versions, ((step, slice_),))
         self._sums = sums if self._sums is None else self._sums.plus(sums)
+        found = {n if n.startswith(NEW) else FETCH + n: value for n, value in values.items()}
+        if self._sync:  # first its results: once others have its gradients, they must not be lost with it
+            self._line.say(Message("computed", {"step": step, "slice": slice_}, found))
+            found = {}
         told = _NOTHING
         if len(self._sums.work) >= self._push_every:
             self._line.progress(f"pushing the gradients of step {step}")
@@ -148,7 +153,6 @@ class _ServerWorker:
             self._push(fields["examples"])
             if not self._overlap:
                 told = self._pushed()
-        found = {n if n.startswith(NEW) else FETCH + n: value for n, value in values.items()}
         self._line.say(Message("done", {**told, "step": step, "slice": slice_, "tier": self._gradients.tier}, found))
 
     # -- fetching -------------------------------------------------------------------------------------------------

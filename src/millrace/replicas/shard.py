@@ -15,6 +15,7 @@ from millrace.replicas.shard_events import (
     AckCopy,
     Apply,
     Command,
+    Configured,
     Drop,
     Event,
     FetchGivenUp,
@@ -109,6 +110,16 @@ class Shard:
                         f"within {timeout_s:.3g} s that it has it too. See whether the process with the copy is stuck."
                     )
             return self._acks.pop(event.worker)
+
+    def settle(self, timeout_s: float) -> bool:
+        """Wait until the copy, if there is one, has all that is here now. Returns: whether that came to be in time."""
+        with self._changed:
+            self.tell(Configured(self.state.policy, self.state.workers))  # it changes nothing, and comes last
+            index, deadline_s = self.state.index, time.monotonic() + timeout_s
+            while self.state.settled < index:
+                if not self._wait(deadline_s):
+                    return False
+            return True
 
     @contextlib.contextmanager
     def readable(self, worker: str, step: int, timeout_s: float) -> Iterator[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import sys
 import threading
 import traceback
@@ -26,7 +27,6 @@ from millrace.runtime.handshake import dial, listen
 from millrace.runtime.messages import LONGEST_WAIT_S, Message
 
 _DIAL_S = 10.0
-_COPY_S = 60.0  # for a copy to say that it has everything, once it was sent
 
 
 def shard(line: Line, role: Message) -> None:
@@ -46,6 +46,7 @@ class _ShardRole:
     def __init__(self, line: Line, role: Message) -> None:
         fields = role.fields
         self._line = line
+        self._told: queue.SimpleQueue[Message] = queue.SimpleQueue()
         number, is_copy = fields["shard"], fields["copy"]
         who = f"{'the copy of ' if is_copy else ''}shard {number} ({line.name})"
         given = {n.removeprefix(VARIABLE): t for n, t in role.tensors.items() if n.startswith(VARIABLE)}
@@ -65,22 +66,29 @@ class _ShardRole:
         self._line.say(Message("ready", {"address": self._address}))
         does: dict[str, Callable[[Message], None]] = {
             "copy": self._copy,
-            "copy_lost": self._copy_lost,
             "promote": self._promote,
             "configure": self._configure,
             "read": self._read,
             "write": self._write,
         }
+        threading.Thread(target=self._hear, name="hear", daemon=True).start()
         while True:
-            message = self._line.next(LONGEST_WAIT_S)
-            if message is None:
-                continue
+            message = self._told.get()
             if message.kind not in does:
                 raise WorkerError(
                     f"{self._line.name} holds a shard, and was told {message.kind!r}, which it cannot do."
                 )
             does[message.kind](message)
             self._line.progress()
+
+    def _hear(self) -> None:
+        """What is told, in turn; but that a copy is lost at once, as the one before it may wait for that copy."""
+        while True:
+            message = self._line.next(LONGEST_WAIT_S)
+            if message is not None and message.kind == "copy_lost":
+                self._server.leave_copy(message.fields["member"])
+            elif message is not None:
+                self._told.put(message)
 
     def _copy(self, message: Message) -> None:
         """Have another member follow. In a thread: it may be lost meanwhile, and another one take its place."""
@@ -94,15 +102,12 @@ class _ShardRole:
 
         try:
             connection = dial(fields["address"], self._line.token, {"shard": self._line.name}, _DIAL_S)
-            self._server.attach_copy(connection, member, _COPY_S, lost, self._line.progress)
+            self._server.attach_copy(connection, member, on_lost=lost, on_progress=self._line.progress)
         except MillraceError as error:
             traceback.print_exc(file=sys.stderr)
             lost(str(error))
         else:
             self._line.say(Message("copied", {"member": member}))
-
-    def _copy_lost(self, message: Message) -> None:
-        self._server.leave_copy(message.fields["member"])
 
     def _promote(self, message: Message) -> None:
         self._server.promote()

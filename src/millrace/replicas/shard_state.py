@@ -112,7 +112,7 @@ class ShardState:
             if self.version < step:
                 have = ", ".join(map(str, sorted(self.staged))) or "none"
                 return f"step {self.version} to be complete: {self.policy.needed} slices are needed, those here: {have}"
-            return f"the copy to have version {self.version}" if self.version_index > self._settled else ""
+            return f"the copy to have version {self.version}" if self.version_index > self.settled else ""
         return self._ahead_of(worker, self.policy)
 
     def limit(self) -> int:
@@ -120,7 +120,7 @@ class ShardState:
         if self.is_copy:
             return 0
         if isinstance(self.policy, Sync):
-            return self.version if self.version_index <= self._settled else 0
+            return self.version if self.version_index <= self.settled else 0
         return NO_LIMIT if self.policy.bound is None else 0
 
     def snapshot(self) -> Snapshot:
@@ -142,7 +142,7 @@ class ShardState:
         known = self.known.get(push.worker)
         if known is not None and push.sequence <= known.ack.sequence and not self.is_copy:
             # One that is not settled yet is acknowledged when it is.
-            return [replace(known.ack, sequence=push.sequence)] if known.index <= self._settled else []
+            return [replace(known.ack, sequence=push.sequence)] if known.index <= self.settled else []
         why = self._refusal(push)
         if why:
             self.dropped += 1
@@ -167,13 +167,13 @@ class ShardState:
         return [*forward, *self._enter(entry), *self._released()]
 
     @property
-    def _settled(self) -> int:
+    def settled(self) -> int:
         """The part of the log that outlives this process, if a copy lives."""
         return self._copied if self.has_copy else self.index
 
     def _released(self) -> list[Command]:
         """What may be told now."""
-        acks = [self._acks.pop(index) for index in sorted(self._acks) if index <= self._settled]
+        acks = [self._acks.pop(index) for index in sorted(self._acks) if index <= self.settled]
         ready = [worker for worker in self._fetches if not self.why_held(worker)]
         for worker in ready:
             del self._fetches[worker]
