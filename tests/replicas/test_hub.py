@@ -154,6 +154,18 @@ def test_a_killed_member_is_known_at_once(members: Run) -> None:
     assert gone(members.pids[member])
 
 
+def test_what_a_member_had_said_when_it_was_killed_is_heard(members: Run) -> None:
+    member = members.echo()
+    members.hub._tell(lambda: time.sleep(0.5))  # it answers while nobody listens
+    for turn in range(3):
+        members.hub.send(member, Message("echo", {"turn": turn}, {"content": torch.zeros(10_000)}))
+    members.hub.kill(member, "it was enough")
+    heard = [members.next() for _ in range(4)]
+    assert [event.message.fields["turn"] for event in heard if isinstance(event, Said)] == [0, 1, 2]
+    assert heard[-1] == Lost(member, "it was enough")
+    assert members.hub.next(0.3) is None
+
+
 def test_a_frozen_member_is_killed_and_known(members: Run) -> None:
     member = members.echo()
     members.hub.send(member, Message("hang"))

@@ -313,6 +313,8 @@ class Hub:
         if member.line.moved_bytes != before_bytes:  # also in the middle of a long message
             member.watched = member.watched.said(time.monotonic())
         if not more:
+            self._drop(member.line)
+            member.line = None
             self._end(member, "")
 
     def _on_beat(self, member: _Member) -> None:
@@ -345,10 +347,12 @@ class Hub:
             self._end(member, f"it did not start within {self._start_within_s:.3g} s")
 
     def _end(self, member: _Member, why: str) -> None:
-        """Kill it, and hear no more of it. why: "" for whatever its end will show."""
+        """Kill it, and tell it no more; what it has said is still heard. why: "" for whatever its end will show."""
         if member.ending is None and not member.lost and not member.failed:
             self._launcher.kill(member.name)
-            self._hang_up(member)
+            if member.line is not None:
+                with contextlib.suppress(OSError):  # it ends by itself, too, should the kill be long in coming
+                    member.line.connection.shutdown(socket.SHUT_WR)
             member.ending = (why, time.monotonic())
 
     def _bury(self, member: _Member, now_s: float) -> None:
@@ -363,6 +367,12 @@ class Hub:
             why = why if member.joined else f"before it was ready, {why}"
             words = self._launcher.last_words(member.name)
             why += f"; its last words: {words}" if words else ""
+        while how is not None and member.line is not None:  # nothing is added any more
+            before_bytes = member.line.moved_bytes
+            self._on_line(member)
+            if member.line is not None and member.line.moved_bytes == before_bytes:
+                break
+        self._hang_up(member)
         self._events.put(Lost(member.name, why))
         member.lost, member.ending = True, None
 

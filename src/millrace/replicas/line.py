@@ -43,7 +43,7 @@ class Line:
         self._progress = (0, "", False)
         self._counting = threading.Lock()
         for work in (self._listen, self._keep_beating):
-            threading.Thread(target=_or_end, args=(work,), name=work.__name__, daemon=True).start()
+            threading.Thread(target=or_end, args=(work,), name=work.__name__, daemon=True).start()
 
     def place(self, name: str) -> str:
         """Where a server of this member's may listen: a socket of that name, or any port where hosts are several."""
@@ -92,7 +92,8 @@ class Line:
             time.sleep(BEAT_S)
 
 
-def _or_end(work: Callable[[], None]) -> None:
+def or_end(work: Callable[[], None]) -> None:
+    """Do the work of a thread without which a member is deaf or dumb: with it the process ends."""
     try:
         work()
     except WorkerError:

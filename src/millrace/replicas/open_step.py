@@ -12,8 +12,8 @@ from torch import Tensor
 @dataclass
 class OpenStep:
     """batch: as the user gave it. parts: of each slice the program, the feeds and the number of examples. given: what
-    of the driver's variables went with it. results: of each slice, what came beside its worker's answer. tau: of the
-    push that it was part of. generation: of the group that works at it, if groups do."""
+    of the driver's variables went with it. results: of each slice, what its worker told. tau: of the push that it was
+    part of. generation: of the group that works at it, if groups do."""
 
     batch: Any
     parts: list[tuple[int, dict[str, Tensor], int]]

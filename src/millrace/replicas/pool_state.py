@@ -65,8 +65,8 @@ class Place:
 
 @dataclass(frozen=True)
 class Step:
-    """A step that is wanted and not done. pushed: slices whose results have come. passed: shards that have made its
-    update."""
+    """A step that is wanted and not done. pushed: slices whose workers have said that they pushed them. passed: shards
+    that have made its update."""
 
     slices: int
     needed: int

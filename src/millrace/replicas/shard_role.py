@@ -15,7 +15,7 @@ from torch import Tensor
 from millrace.errors import MillraceError, WorkerError
 from millrace.graph.save import graph_from_bytes
 from millrace.graph.signature import TensorSpec
-from millrace.replicas.line import Line
+from millrace.replicas.line import Line, or_end
 from millrace.replicas.programs import as_bytes
 from millrace.replicas.regions import from_json
 from millrace.replicas.server import ShardServer
@@ -71,7 +71,7 @@ class _ShardRole:
             "read": self._read,
             "write": self._write,
         }
-        threading.Thread(target=self._hear, name="hear", daemon=True).start()
+        threading.Thread(target=or_end, args=(self._hear,), name="hear", daemon=True).start()
         while True:
             message = self._told.get()
             if message.kind not in does:
