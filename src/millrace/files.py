@@ -7,6 +7,7 @@ import os
 import secrets
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises: OSError.
     """
     temporary = beside(path, "tmp")
+    temporary = temporary.with_name(f"{temporary.name}-{threading.get_ident()}")  # another thread's is another file
     try:
         yield temporary
         sync(temporary)

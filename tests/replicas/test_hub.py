@@ -85,7 +85,7 @@ def members(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """One run for all tests below: each takes members of its own, and what it does to them must not harm the others."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(HERE))
-        run = Run(tmp_path_factory.mktemp("run"), 6)
+        run = Run(tmp_path_factory.mktemp("run"), 7)
         with contextlib.closing(run.hub):
             yield run
         assert run.hub.next(0.0) is None
