@@ -25,8 +25,13 @@ def test_threads_that_replace_one_file_at_once_leave_what_one_of_them_wrote(tmp_
 def test_what_was_there_stands_when_writing_fails(tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
     replace_bytes(path, b"before")
-    with pytest.raises(OSError, match="full"), replacing(path) as temporary:
-        temporary.write_bytes(b"half")
-        raise OSError("the disk is full")
+
+    def write_half() -> None:
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"half")
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        write_half()
     assert path.read_bytes() == b"before"
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
