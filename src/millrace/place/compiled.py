@@ -1,21 +1,28 @@
 """Functions over arrays that numba compiles when they are first called, where it is installed.
 
 Without numba (the extra `place`) the same functions run as plain Python: as correct, and some hundred times slower. The
-machine code is kept in the user's cache directory, so that only the first process waits for the compiler.
+machine code is kept in the user's cache directory, so that only the first process compiles. Processes that begin
+together compile once, too: the others wait, and load it then.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import importlib
 import importlib.util
 import os
+import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from millrace.files import others_may_write, user_cache
+
+_LONGEST_S = 120.0  # to wait for another process that compiles; then this one does, too
+_AGAIN_S = 0.05
 
 
 class Compiled:
@@ -24,10 +31,17 @@ class Compiled:
     def __init__(self, function: types.FunctionType) -> None:
         self.function = function
         self._ready: Callable[..., Any] | None = None
+        self._was_called = False
 
     def __call__(self, *args: Any) -> Any:
         """Call it with numbers and arrays, always of the same types: each new type is compiled anew."""
-        return self.ready()(*args)
+        if self._was_called or not importlib.util.find_spec("numba"):
+            result = self.ready()(*args)
+        else:
+            with _alone(_cache_directory(self.digest())):
+                result = self.ready()(*args)
+        self._was_called = True
+        return result
 
     def ready(self) -> Callable[..., Any]:
         """The function itself, or the compiled one."""
@@ -86,3 +100,27 @@ def _cache_directory(digest: str) -> Path | None:
     except OSError:
         return None
     return None if others_may_write(status) or not os.access(directory, os.W_OK | os.X_OK) else directory
+
+
+@contextlib.contextmanager
+def _alone(directory: Path | None) -> Iterator[None]:
+    """Inside, no other process compiles into a directory, unless one has for very long."""
+    if directory is None or any(directory.rglob("*.nbi")):
+        yield
+        return
+    with (directory / "lock").open("w") as file:
+        until_s = time.monotonic() + _LONGEST_S
+        while not _locked(file) and time.monotonic() < until_s:
+            time.sleep(_AGAIN_S)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing it is not enough where a child has it
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
