@@ -8,6 +8,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # How tests run: three processes, one torch thread each; many tests wait for processes of their own.
 PYTEST_ARGS ?= -n 3 --dist loadfile
+# Python may keep what it compiles, also where a container says otherwise: every process that is started would compile
+# millrace anew, for most of a second.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help train cluster-demo test test-long lint format types contract bench check clean

@@ -126,7 +126,7 @@ def test_strangers_everywhere_change_nothing(
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "does not speak millrace's language" in log
     assert "another token" in log
-    assert "was lost" not in log
+    assert "was lost" not in log[log.index("was refused") :], "before them a busy machine may have cost a worker"
     if "update" not in settings:
         undisturbed, _ = trained(tmp_path / "other", [], **settings)
         assert all(torch.equal(weights[name], undisturbed[name]) for name in weights)

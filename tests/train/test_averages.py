@@ -56,7 +56,7 @@ def saved(directory: Path) -> dict[str, Tensor]:
     return joined(Checkpoints(directory / "checkpoints").load().tensors)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param(w, marks=[pytest.mark.long] if w == "two devices" else []) for w in WAYS])
 def test_the_averages_are_what_is_evaluated_and_what_the_model_holds_in_the_end(way: str, tmp_path: Path) -> None:
     model, _ = trained(tmp_path / "run", AVERAGED, **WAYS[way])
     variables = saved(tmp_path / "run")
