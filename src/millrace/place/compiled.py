@@ -31,17 +31,13 @@ class Compiled:
     def __init__(self, function: types.FunctionType) -> None:
         self.function = function
         self._ready: Callable[..., Any] | None = None
-        self._was_called = False
 
     def __call__(self, *args: Any) -> Any:
         """Call it with numbers and arrays, always of the same types: each new type is compiled anew."""
-        if self._was_called or not importlib.util.find_spec("numba"):
-            result = self.ready()(*args)
-        else:
-            with _alone(_cache_directory(self.digest())):
-                result = self.ready()(*args)
-        self._was_called = True
-        return result
+        if self.at_hand:
+            return self.ready()(*args)
+        with _alone(_cache_directory(self.digest())):
+            return self.ready()(*args)
 
     def ready(self) -> Callable[..., Any]:
         """The function itself, or the compiled one."""
@@ -104,23 +100,23 @@ def _cache_directory(digest: str) -> Path | None:
 
 @contextlib.contextmanager
 def _alone(directory: Path | None) -> Iterator[None]:
-    """Inside, no other process compiles into a directory, unless one has for very long."""
-    if directory is None or any(directory.rglob("*.nbi")):
+    """Inside, no other process compiles into a directory, unless one has for very long or files cannot be locked."""
+    with contextlib.ExitStack() as stack:
+        if directory is not None:
+            with contextlib.suppress(OSError):
+                file = stack.enter_context((directory / "lock").open("w"))
+                _lock(file)
+                stack.callback(fcntl.flock, file, fcntl.LOCK_UN)  # closing it is not enough where a child has it
         yield
-        return
-    with (directory / "lock").open("w") as file:
-        until_s = time.monotonic() + _LONGEST_S
-        while not _locked(file) and time.monotonic() < until_s:
-            time.sleep(_AGAIN_S)
+
+
+def _lock(file: IO[str]) -> None:
+    """Raises: OSError when it cannot be locked, or not in time."""
+    until_s = time.monotonic() + _LONGEST_S
+    while True:
         try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # closing it is not enough where a child has it
-
-
-def _locked(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until_s:
+                raise
+        time.sleep(_AGAIN_S)
